@@ -1,0 +1,48 @@
+"""Flax modules: parameters and layer math, nothing else.
+
+Caches, loops and schedules are plain functions elsewhere; modules name logical axes only.
+"""
+
+# Configuration.
+from exitax.layers.config import BlockConfig, Precision
+from exitax.layers.rotary import RopeConfig, RopeScaling
+
+# Modules.
+from exitax.layers.attention import AttendFn, Attention
+from exitax.layers.block import Block, constrain_stream
+from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
+from exitax.layers.exit_head import ExitHead, HeadKind
+from exitax.layers.linear import Linear, project
+from exitax.layers.mlp import SwiGLU
+from exitax.layers.norm import RMSNorm, rms_normalise
+
+# Functions.
+from exitax.layers.kernels import MASKED_LOGIT, dot_product_attention
+from exitax.layers.rotary import Rotary, inverse_frequencies, make_rotary, rotate
+
+__all__ = [
+  'MASKED_LOGIT',
+  'AttendFn',
+  'Attention',
+  'Block',
+  'BlockConfig',
+  'ExitHead',
+  'HeadKind',
+  'Linear',
+  'Precision',
+  'RMSNorm',
+  'RopeConfig',
+  'RopeScaling',
+  'Rotary',
+  'SwiGLU',
+  'VocabMatrix',
+  'constrain_stream',
+  'dot_product_attention',
+  'embed_tokens',
+  'inverse_frequencies',
+  'make_rotary',
+  'project',
+  'rms_normalise',
+  'rotate',
+  'vocab_logits',
+]

@@ -1,0 +1,42 @@
+"""Tokens to vectors, and vectors to scores over the vocabulary, with one matrix layout."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from exitax.layers.config import Precision
+
+
+class VocabMatrix(nn.Module):
+  """A `[vocab, embed]` matrix: an input embedding, an output head, or (tied) both.
+
+  Attributes:
+    vocab_size: rows.
+    embed_dim: columns.
+    init_std: standard deviation at initialisation.
+  """
+
+  vocab_size: int
+  embed_dim: int
+  init_std: float
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ('vocab', 'embed'))
+    return self.param('matrix', init, (self.vocab_size, self.embed_dim))
+
+
+def embed_tokens(matrix: jax.Array, tokens: jax.Array, precision: Precision) -> jax.Array:
+  """Rows of `matrix` `[vocab, embed]` for i32 `tokens` `[...]`: `[..., embed]`."""
+  return jnp.take(matrix, tokens, axis=0).astype(precision.dtype)
+
+
+def vocab_logits(matrix: jax.Array, features: jax.Array, precision: Precision) -> jax.Array:
+  """Scores `[..., vocab]` of `features` `[..., embed]`, in at least float32."""
+  dtype = precision.dtype
+  wide = jnp.promote_types(dtype, jnp.float32)
+  return jnp.einsum(
+    '...d,vd->...v', features.astype(dtype), matrix.astype(dtype), preferred_element_type=wide
+  )

@@ -1,0 +1,119 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and its context-extending scalings."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+class RopeScaling(enum.Enum):
+  """How frequencies are changed to reach beyond the pretraining length."""
+
+  NONE = 'none'
+  LINEAR = 'linear'  # Position interpolation, arXiv 2306.15595: every frequency / factor.
+  LLAMA3 = 'llama3'  # Llama 3.1: long wavelengths / factor, short ones kept, a ramp between.
+  YARN = 'yarn'  # arXiv 2309.00071: NTK-by-parts, and a temperature on the attention logits.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+  """Frequencies of the rotation.
+
+  Attributes:
+    theta: base of the geometric series of wavelengths.
+    scaling: which scaling, if any.
+    factor: how many times longer than `original_length` the context may get.
+    original_length: pretraining context; used by LLAMA3 and YARN.
+    low_frequency_factor: LLAMA3: wavelengths above `original_length / this` are divided by `factor`.
+    high_frequency_factor: LLAMA3: wavelengths below `original_length / this` stay.
+    beta_fast: YARN: rotations over `original_length` above which a frequency stays.
+    beta_slow: YARN: rotations below which a frequency is divided by `factor`.
+  """
+
+  theta: float = 10_000.0
+  scaling: RopeScaling = RopeScaling.NONE
+  factor: float = 1.0
+  original_length: int = 8192
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+
+
+@struct.dataclass
+class Rotary:
+  """Angles of one set of positions, made once and used by every layer.
+
+  Attributes:
+    cos: f32 `[..., head_dim / 2]`, leading dimensions as the positions.
+    sin: likewise.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+  """Angle per position of each pair of channels, f64 `[head_dim / 2]`, after scaling."""
+  exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+  frequency = config.theta**-exponent
+  match config.scaling:
+    case RopeScaling.NONE:
+      return frequency
+    case RopeScaling.LINEAR:
+      return frequency / config.factor
+    case RopeScaling.LLAMA3:
+      return _llama3(config, frequency)
+    case RopeScaling.YARN:
+      return _yarn(config, frequency, head_dim)
+
+
+def attention_temperature(config: RopeConfig) -> float:
+  """Factor on cos and sin: 1 except under YARN (arXiv 2309.00071, eq. 22)."""
+  if config.scaling is RopeScaling.YARN and config.factor > 1.0:
+    return 0.1 * math.log(config.factor) + 1.0
+  return 1.0
+
+
+def make_rotary(config: RopeConfig, head_dim: int, positions: jax.Array) -> Rotary:
+  """Angles for `positions` (i32, any shape): `Rotary` with arrays `[*positions.shape, head_dim/2]`."""
+  frequency = jnp.asarray(inverse_frequencies(config, head_dim), jnp.float32)
+  angle = positions.astype(jnp.float32)[..., None] * frequency
+  temperature = attention_temperature(config)
+  return Rotary(cos=jnp.cos(angle) * temperature, sin=jnp.sin(angle) * temperature)
+
+
+def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+  """`x` `[..., heads, head_dim]` turned by its position's angles; dtype kept.
+
+  Channel i is paired with channel i + head_dim / 2, as in Hugging Face's Llama checkpoints.
+  """
+  first, second = jnp.split(x.astype(rotary.cos.dtype), 2, axis=-1)
+  cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def _llama3(config: RopeConfig, frequency: np.ndarray) -> np.ndarray:
+  wavelength = 2 * np.pi / frequency
+  low, high = config.low_frequency_factor, config.high_frequency_factor
+  ramp = np.clip((config.original_length / wavelength - low) / (high - low), 0.0, 1.0)
+  return (1 - ramp) * frequency / config.factor + ramp * frequency
+
+
+def _yarn(config: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
+  def channel(rotations: float) -> float:
+    """The (fractional) pair of channels that turns `rotations` times over the original length."""
+    ratio = config.original_length / (rotations * 2 * math.pi)
+    return head_dim * math.log(ratio) / (2 * math.log(config.theta))
+
+  low = max(math.floor(channel(config.beta_fast)), 0)
+  high = min(math.ceil(channel(config.beta_slow)), head_dim - 1)
+  ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+  return ramp * frequency / config.factor + (1 - ramp) * frequency

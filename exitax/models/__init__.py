@@ -1,0 +1,23 @@
+"""The early-exit language model: configuration, parameters, objective-free forward passes."""
+
+# Configuration.
+from exitax.models.config import ExitConfig, ExitMatrix, ModelConfig, Remat
+
+# The model.
+from exitax.models.exit_lm import ExitLM, Params
+
+# Cache-free forward passes.
+from exitax.models.forward import features_at_exits, logits_at_exits, packed_attend, packed_mask
+
+__all__ = [
+  'ExitConfig',
+  'ExitLM',
+  'ExitMatrix',
+  'ModelConfig',
+  'Params',
+  'Remat',
+  'features_at_exits',
+  'logits_at_exits',
+  'packed_attend',
+  'packed_mask',
+]

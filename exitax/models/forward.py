@@ -1,0 +1,76 @@
+"""The cache-free forward pass over packed batches: for training, scoring and oracles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from exitax.layers import AttendFn, dot_product_attention
+from exitax.models.exit_lm import ExitLM, Params
+
+
+def packed_mask(
+  segment_ids: jax.Array, positions: jax.Array, sliding_window: int | None
+) -> jax.Array:
+  """Who sees whom in a packed batch: bool `[batch, queries, keys]`.
+
+  A query sees keys of its own document (equal segment ids) at its own or an earlier place in the
+  row, and no further back than the sliding window. Padding (segment 0) sees padding only.
+
+  Args:
+    segment_ids: i32 `[batch, length]`.
+    positions: i32 `[batch, length]`, rising within a document.
+    sliding_window: number of latest positions that are seen, or None.
+  """
+  query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+  distance = positions[:, :, None] - positions[:, None, :]
+  mask = (query == key) & (distance >= 0)
+  if sliding_window is not None:
+    mask &= distance < sliding_window
+  return mask
+
+
+def packed_attend(mask: jax.Array) -> AttendFn:
+  """An `AttendFn` for `[batch, length, heads, head_dim]` that keeps no state."""
+
+  def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+    return dot_product_attention(query, key, value, mask), None
+
+  return attend
+
+
+def features_at_exits(
+  model: ExitLM, params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, ...]:
+  """What every exit's vocabulary matrix reads, shallow to deep, the final head last.
+
+  Args:
+    model: the model.
+    params: parameters with stacked blocks.
+    tokens: i32 `[batch, length]`.
+    segment_ids: i32 `[batch, length]`; 0 is padding.
+    positions: i32 `[batch, length]`.
+
+  Returns:
+    One `[batch, length, embed]` per exit, in the model's compute dtype.
+  """
+  rotary = model.rotary(positions)
+  attend = packed_attend(packed_mask(segment_ids, positions, model.config.sliding_window))
+  hidden = model.embed(params, tokens)
+  kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend)
+  heads = (*model.config.exits, None)
+  return tuple(
+    model.exit_features(params, head, kept[i], rotary=rotary, attend=attend)[0]
+    for i, head in enumerate(heads)
+  )
+
+
+def logits_at_exits(
+  model: ExitLM, params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array
+) -> jax.Array:
+  """Every exit's scores, `[num_exits + 1, batch, length, vocab]`: small models and oracles only."""
+  features = features_at_exits(model, params, tokens, segment_ids, positions)
+  heads = (*model.config.exits, None)
+  return jnp.stack([model.logits(params, head, x) for head, x in zip(heads, features, strict=True)])
