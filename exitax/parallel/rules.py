@@ -1,6 +1,6 @@
 """Rules that map logical axis names to mesh axes: the only place where the two meet.
 
-Layers name the axes of their arrays (`('embed', 'heads', 'head_dim')`); a rules table says which
+Layers name the axes of their arrays (`('embed', 'heads', 'kv')`); a rules table says which
 mesh axis, if any, shards each name. Worked miniature, with the standard rules:
 
   parameter  [embed, mlp]                              -> P('data', 'tensor')
@@ -56,13 +56,14 @@ _STANDARD: Mapping[str, MeshAxes] = {
   # Both.
   'vocab': (TENSOR_AXIS,),
   'heads': (TENSOR_AXIS,),
-  'kv': (TENSOR_AXIS,),
+  'kv_heads': (TENSOR_AXIS,),
+  'kv': (),  # T5X's name for the width of one head.
   'mlp': (TENSOR_AXIS,),
-  'head_dim': (),
   'exit': (),
   'thinker': (),
   # Parameters.
   'embed': (),
+  'norm': (),  # Scales of a norm: too small to be worth gathering.
   'layers': (),
   'stage': (PIPELINE_AXIS,),
   # Activations. `length` is the whole sequence, as inside attention or mlp, where heads or mlp
@@ -79,7 +80,8 @@ _SIZE_NAMES: Mapping[str, str] = {
   'embed': 'embed_dim',
   'activation_embed': 'embed_dim',
   'heads': 'num_heads',
-  'kv': 'num_kv_heads',
+  'kv_heads': 'num_kv_heads',
+  'kv': 'head_dim',
   'mlp': 'mlp_dim',
   'layers': 'num_layers',
   'stage': 'num_stages',
@@ -100,14 +102,14 @@ class ShardingRules:
     overrides: pairs (logical name, mesh axis, tuple of mesh axes, or None) that replace or extend
       the standard table.
     replicate_if_uneven: logical names whose dimension is replicated where the mesh does not
-      divide it; every other name raises. `kv` is one: with fewer key/value heads than tensor
+      divide it; every other name raises. `kv_heads` is one: with fewer key/value heads than tensor
       shards, each shard holds them all.
   """
 
   parameters: ParameterSharding = ParameterSharding.FSDP
   sequence: SequenceSharding = SequenceSharding.TENSOR
   overrides: tuple[tuple[str, str | tuple[str, ...] | None], ...] = ()
-  replicate_if_uneven: tuple[str, ...] = ('kv', 'exit', 'thinker')
+  replicate_if_uneven: tuple[str, ...] = ('kv_heads', 'exit', 'thinker')
 
   def __post_init__(self) -> None:
     object.__setattr__(self, 'parameters', _member(ParameterSharding, self.parameters))
