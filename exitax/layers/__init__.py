@@ -4,21 +4,26 @@ Caches, loops and schedules are plain functions elsewhere; modules name logical 
 """
 
 # Configuration.
-from exitax.layers.config import BlockConfig, Precision
-from exitax.layers.rotary import RopeConfig, RopeScaling
-
 # Modules.
 from exitax.layers.attention import AttendFn, Attention
 from exitax.layers.block import Block, constrain_stream
+from exitax.layers.config import BlockConfig, Precision
 from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
-from exitax.layers.linear import Linear, project
-from exitax.layers.mlp import SwiGLU
-from exitax.layers.norm import RMSNorm, rms_normalise
 
 # Functions.
 from exitax.layers.kernels import MASKED_LOGIT, dot_product_attention
-from exitax.layers.rotary import Rotary, inverse_frequencies, make_rotary, rotate
+from exitax.layers.linear import Linear, project
+from exitax.layers.mlp import SwiGLU
+from exitax.layers.norm import RMSNorm, rms_normalise
+from exitax.layers.rotary import (
+  RopeConfig,
+  RopeScaling,
+  Rotary,
+  inverse_frequencies,
+  make_rotary,
+  rotate,
+)
 
 __all__ = [
   'MASKED_LOGIT',

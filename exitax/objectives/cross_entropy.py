@@ -1,0 +1,173 @@
+"""Weighted cross-entropy of several exits on one vocabulary matrix, a slice of logits at a time.
+
+Logits are the largest arrays of a language model: `[exits, batch, length, vocab]`. Here only one
+slice `[batch, chunk, vocab]` lives at a time, and the gradients are made together with the loss,
+while the slice is at hand: three matrix products per exit (as with all logits kept) instead of the
+four of rematerialisation. This is possible because the loss is a *sum*, whose gradient is known up
+to one scalar before the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from exitax.layers import Precision
+
+
+@struct.dataclass
+class ExitSums:
+  """Sums over the counted tokens of a batch, one entry per exit.
+
+  Attributes:
+    nll: f32 `[exits]`, negative log-likelihoods in nats.
+    log_z_squared: f32 `[exits]`, squared log-partition functions.
+    correct: f32 `[exits]`, tokens whose target has the highest score.
+  """
+
+  nll: jax.Array
+  log_z_squared: jax.Array
+  correct: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def exit_cross_entropy(
+  features: jax.Array,
+  matrix: jax.Array,
+  targets: jax.Array,
+  token_weights: jax.Array,
+  exit_weights: jax.Array,
+  z_loss: float,
+  chunk_length: int,
+  precision: Precision,
+) -> tuple[jax.Array, ExitSums]:
+  """Weighted sum of the exits' losses: sum_e w_e sum_t u_t (nll + z_loss * log_z^2).
+
+  Differentiable in `features` and `matrix`; the sums in the second result are not.
+
+  Args:
+    features: `[exits, batch, length, embed]`.
+    matrix: `[vocab, embed]`.
+    targets: i32 `[batch, length]`.
+    token_weights: f32 `[batch, length]`; 0 leaves a token out.
+    exit_weights: f32 `[exits]`.
+    z_loss: weight of the squared log-partition function (PaLM, arXiv 2204.02311, section 5).
+    chunk_length: positions whose logits live at once; lowered to a divisor of the length.
+    precision: formats of the matrix products.
+
+  Returns:
+    The loss, a scalar in at least float32, and the sums of each exit.
+  """
+  loss, sums, _ = _scan_chunks(
+    features, matrix, targets, token_weights, exit_weights, z_loss, chunk_length, precision, None
+  )
+  return loss, sums
+
+
+def _forward(
+  features: jax.Array,
+  matrix: jax.Array,
+  targets: jax.Array,
+  token_weights: jax.Array,
+  exit_weights: jax.Array,
+  z_loss: float,
+  chunk_length: int,
+  precision: Precision,
+) -> Any:
+  zeros = jnp.zeros(matrix.shape, _wide(precision))
+  loss, sums, gradients = _scan_chunks(
+    features, matrix, targets, token_weights, exit_weights, z_loss, chunk_length, precision, zeros
+  )
+  d_features, d_matrix = gradients
+  return (loss, sums), (d_features, d_matrix.astype(matrix.dtype))
+
+
+def _backward(
+  z_loss: float, chunk_length: int, precision: Precision, gradients: Any, cotangent: Any
+) -> Any:
+  del z_loss, chunk_length, precision
+  scale = cotangent[0]
+  d_features, d_matrix = (g * scale.astype(g.dtype) for g in gradients)
+  return d_features, d_matrix, None, None, None
+
+
+exit_cross_entropy.defvjp(_forward, _backward)
+
+
+def _scan_chunks(
+  features: jax.Array,
+  matrix: jax.Array,
+  targets: jax.Array,
+  token_weights: jax.Array,
+  exit_weights: jax.Array,
+  z_loss: float,
+  chunk_length: int,
+  precision: Precision,
+  d_matrix: jax.Array | None,
+) -> tuple[jax.Array, ExitSums, Any]:
+  """Loss and sums; with an accumulator `d_matrix`, the gradients as well."""
+  num_exits, batch, length, embed = features.shape
+  chunk = _largest_divisor(length, chunk_length)
+  num_chunks = length // chunk
+  wide = _wide(precision)
+  operand = matrix.astype(precision.dtype)
+
+  def split(x: jax.Array) -> jax.Array:  # [batch, length] -> [chunks, batch, chunk]
+    return x.reshape(batch, num_chunks, chunk).swapaxes(0, 1)
+
+  def step(carry: Any, inputs: Any) -> Any:
+    loss, d_matrix = carry
+    x, target, token_weight, exit_weight = inputs
+    x = x.astype(precision.dtype)
+    logits = jnp.einsum('bcd,vd->bcv', x, operand, preferred_element_type=wide)
+    top = jnp.max(logits, axis=-1)
+    exponentials = jnp.exp(logits - top[..., None])
+    partition = jnp.sum(exponentials, axis=-1)
+    log_z = top + jnp.log(partition)
+    # No gather: inside a manual mesh region a gather on a sharded axis is not partitioned.
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    nll = log_z - target_logit
+    z = jnp.square(log_z)
+    sums = ExitSums(
+      nll=jnp.sum(token_weight * nll),
+      log_z_squared=jnp.sum(token_weight * z),
+      correct=jnp.sum(token_weight * (target_logit >= top)),
+    )
+    loss += exit_weight * (sums.nll + z_loss * sums.log_z_squared)
+    d_x = None
+    if d_matrix is not None:
+      scale = (exit_weight * token_weight).astype(wide)
+      of_softmax = scale * (1 + 2 * z_loss * log_z) / partition
+      d_logits = of_softmax[..., None] * exponentials - jnp.where(is_target, scale[..., None], 0.0)
+      d_logits = d_logits.astype(precision.dtype)
+      d_x = jnp.einsum('bcv,vd->bcd', d_logits, operand, preferred_element_type=wide)
+      d_x = d_x.astype(features.dtype)
+      d_matrix += jnp.einsum('bcv,bcd->vd', d_logits, x, preferred_element_type=wide)
+    return (loss, d_matrix), (sums, d_x)
+
+  # One scan over (exit, chunk) pairs, exits outermost.
+  chunks = features.reshape(num_exits, batch, num_chunks, chunk, embed).swapaxes(1, 2)
+  inputs = (
+    chunks.reshape(num_exits * num_chunks, batch, chunk, embed),
+    jnp.tile(split(targets), (num_exits, 1, 1)),
+    jnp.tile(split(token_weights), (num_exits, 1, 1)),
+    jnp.repeat(exit_weights, num_chunks),
+  )
+  (loss, d_matrix), (sums, d_x) = jax.lax.scan(step, (jnp.zeros((), wide), d_matrix), inputs)
+  sums = jax.tree.map(lambda x: x.reshape(num_exits, num_chunks).sum(axis=1), sums)
+  if d_x is not None:
+    d_x = d_x.reshape(chunks.shape).swapaxes(1, 2).reshape(features.shape)
+  return loss, sums, (d_x, d_matrix)
+
+
+def _wide(precision: Precision) -> Any:
+  return jnp.promote_types(precision.dtype, jnp.float32)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+  return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)

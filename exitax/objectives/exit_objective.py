@@ -1,0 +1,132 @@
+"""The training objective: L = L_final + sum_i w_i(t) L_i over a model's exits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from exitax.errors import UserError
+from exitax.models import ExitConfig, ExitLM, Params, features_at_exits
+from exitax.objectives.cross_entropy import ExitSums, exit_cross_entropy
+from exitax.objectives.schedules import ExitWeight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """What is minimised.
+
+  Attributes:
+    exit_weights: one weight schedule per exit, shallow to deep; the final layer's weight is 1.
+    z_loss: weight of the squared log-partition function, for every exit and the final head.
+    chunk_length: positions of each sequence whose logits live at once.
+  """
+
+  exit_weights: tuple[ExitWeight, ...] = ()
+  z_loss: float = 0.0
+  chunk_length: int = 128
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, 'exit_weights', tuple(self.exit_weights))
+    if self.z_loss < 0:
+      raise UserError(f'z_loss={self.z_loss} is negative: choose 0 or more')
+    if self.chunk_length < 1:
+      raise UserError(f'chunk_length={self.chunk_length} must be at least 1')
+
+  def check(self, exits: tuple[ExitConfig, ...]) -> None:
+    """Raises UserError unless there is one weight per exit."""
+    if len(self.exit_weights) != len(exits):
+      raise UserError(
+        f'{len(self.exit_weights)} exit weights for {len(exits)} exits: '
+        'give ObjectiveConfig.exit_weights one ExitWeight per exit of the model'
+      )
+
+  def weights_at(self, step: jax.Array | int) -> jax.Array:
+    """Weights of all exits and, last, of the final layer: f32 `[exits + 1]`."""
+    weights = [weight.at(step) for weight in self.exit_weights]
+    return jnp.stack([*weights, jnp.ones((), jnp.float32)])
+
+
+@struct.dataclass
+class LossSums:
+  """Sums over a batch; add those of several batches before dividing by `tokens`.
+
+  Attributes:
+    exits: per exit, the final layer last: negative log-likelihood and the like, `[exits + 1]`.
+    tokens: f32 scalar, the sum of token weights.
+  """
+
+  exits: ExitSums
+  tokens: jax.Array
+
+
+class PackedBatch(Protocol):
+  """The arrays of a packed batch that an objective reads, as `exitax.data.Batch` has them.
+
+  Attributes:
+    tokens: i32 `[batch, length]`.
+    targets: i32 `[batch, length]`.
+    segment_ids: i32 `[batch, length]`; 0 is padding.
+    positions: i32 `[batch, length]`.
+    weights: f32 `[batch, length]`; 0 leaves a target out.
+  """
+
+  tokens: jax.Array
+  targets: jax.Array
+  segment_ids: jax.Array
+  positions: jax.Array
+  weights: jax.Array
+
+
+def exit_objective(
+  model: ExitLM,
+  params: Params,
+  batch: PackedBatch,
+  exit_weights: jax.Array,
+  *,
+  config: ObjectiveConfig,
+) -> tuple[jax.Array, LossSums]:
+  """Weighted *sum* of token losses; divide value and gradient by the tokens of all batches.
+
+  Args:
+    model: the model.
+    params: parameters with stacked blocks.
+    batch: packed tokens.
+    exit_weights: f32 `[exits + 1]`, from `ObjectiveConfig.weights_at`.
+    config: z-loss and slice length; its weights are not read here.
+
+  Returns:
+    The loss, a scalar, and the sums of every exit for metrics.
+  """
+  features = features_at_exits(model, params, batch.tokens, batch.segment_ids, batch.positions)
+  heads = (*model.config.exits, None)
+  matrices = [model.vocab_matrix(params, head) for head in heads]
+  loss = jnp.zeros((), jnp.float32)
+  sums: dict[int, ExitSums] = {}
+  # Exits that read the same matrix go through it together, so that its gradient exists once.
+  for group in _groups(matrices):
+    group_loss, group_sums = exit_cross_entropy(
+      jnp.stack([features[i] for i in group]),
+      matrices[group[0]],
+      batch.targets,
+      batch.weights,
+      exit_weights[jnp.asarray(group)],
+      config.z_loss,
+      config.chunk_length,
+      model.config.precision,
+    )
+    loss += group_loss
+    for place, i in enumerate(group):
+      sums[i] = jax.tree.map(lambda x, place=place: x[place], group_sums)
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(sums[i] for i in range(len(heads))))
+  return loss, LossSums(exits=stacked, tokens=jnp.sum(batch.weights))
+
+
+def _groups(matrices: list[jax.Array]) -> list[list[int]]:
+  groups: dict[int, list[int]] = {}
+  for i, matrix in enumerate(matrices):
+    groups.setdefault(id(matrix), []).append(i)
+  return list(groups.values())
