@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.constraint import constrain, current_rules, use
+from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
 from exitax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from exitax.parallel.report import (
+  ParameterReport,
+  ParameterRow,
+  format_bytes,
+  parameter_report,
+  render_report,
+)
 from exitax.parallel.rules import (
   LogicalAxes,
   ParameterSharding,
@@ -11,6 +20,14 @@ from exitax.parallel.rules import (
   ShardingRules,
   check_divisible,
   logical_to_spec,
+)
+from exitax.parallel.sharding import (
+  init_sharded,
+  path_name,
+  replicated,
+  shard_batch,
+  shardings_like,
+  tree_shardings,
 )
 
 __all__ = [
@@ -29,4 +46,26 @@ __all__ = [
   'constrain',
   'current_rules',
   'use',
+  # Trees.
+  'init_sharded',
+  'path_name',
+  'replicated',
+  'shard_batch',
+  'shardings_like',
+  'tree_shardings',
+  # Reports.
+  'ParameterReport',
+  'ParameterRow',
+  'format_bytes',
+  'parameter_report',
+  'render_report',
+  # Cost.
+  'CHIPS',
+  'Chip',
+  'FlopCount',
+  'count_flops',
+  'count_jaxpr_flops',
+  'find_chip',
+  'measure_matmul_flops',
+  'peak_flops',
 ]
