@@ -53,15 +53,15 @@ class Attention(nn.Module):
     """
     cfg = self.config
     query = self._heads('query', cfg.num_heads, 'heads')(hidden)
-    key = self._heads('key', cfg.num_kv_heads, 'kv')(hidden)
-    value = self._heads('value', cfg.num_kv_heads, 'kv')(hidden)
+    key = self._heads('key', cfg.num_kv_heads, 'kv_heads')(hidden)
+    value = self._heads('value', cfg.num_kv_heads, 'kv_heads')(hidden)
     if cfg.qk_norm:
-      query = RMSNorm(cfg.norm_epsilon, 'head_dim', name='query_norm')(query)
-      key = RMSNorm(cfg.norm_epsilon, 'head_dim', name='key_norm')(key)
+      query = RMSNorm(cfg.norm_epsilon, 'kv', name='query_norm')(query)
+      key = RMSNorm(cfg.norm_epsilon, 'kv', name='key_norm')(key)
     mixed, state = attend(rotate(query, rotary), rotate(key, rotary), value)
     output = Linear(
       features=(cfg.embed_dim,),
-      axes_in=('heads', 'head_dim'),
+      axes_in=('heads', 'kv'),
       axes_out=('embed',),
       precision=cfg.precision,
       init_std=cfg.residual_init_std,
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     linear = Linear(
       features=(num_heads, self.config.head_dim),
       axes_in=('embed',),
-      axes_out=(axis, 'head_dim'),
+      axes_out=(axis, 'kv'),
       precision=self.config.precision,
       init_std=self.config.init_std,
       use_bias=self.config.qkv_bias,
@@ -84,5 +84,5 @@ class Attention(nn.Module):
 
 
 def constrain_heads(x: jax.Array, axis: str) -> jax.Array:
-  """Places `[batch, length, heads, head_dim]` activations; other ranks (flat tokens) are left alone."""
-  return constrain(x, ('batch', 'length', axis, 'head_dim')) if x.ndim == 4 else x
+  """Places `[batch, length, heads, kv]` activations; other ranks (flat tokens) are left alone."""
+  return constrain(x, ('batch', 'length', axis, 'kv')) if x.ndim == 4 else x

@@ -30,7 +30,7 @@ def project(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
 
 
 class Linear(nn.Module):
-  """Linear map from the last `len(axes_in)` axes to `features`, e.g. embed -> (heads, head_dim).
+  """Linear map from the last `len(axes_in)` axes to `features`, e.g. embed -> (heads, kv).
 
   The kernel keeps its natural shape, so that rules can shard heads, and is multiplied as a matrix.
 

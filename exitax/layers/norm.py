@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
   """
 
   epsilon: float
-  logical_axis: str = 'embed'
+  logical_axis: str = 'norm'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
