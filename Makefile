@@ -17,7 +17,8 @@ WORKERS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+# -qq: errors only. Not compiled at once: Python compiles what it imports, which is a fraction.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # An install is done again when what it was asked for changes, and only then.
@@ -41,7 +42,8 @@ quickstart: $(CORE_STAMP) ## train a small early-exit model on real text, evalua
 
 test: $(DEV_STAMP) ## run the tests (ARGS='-k name' picks some)
 	@workers='$(WORKERS)'; $(BIN)/python -m pytest -q -n "$${workers:-auto}" --maxprocesses=$${workers:-4} \
-	  --dist=loadscope --no-loadscope-reorder $(ARGS)
+	  --dist=loadscope --no-loadscope-reorder $(ARGS) || { \
+	    status=$$?; [ $$status = 5 ] && echo "no test matches $(value ARGS)" >&2; exit $$status; }
 
 lint: $(DEV_STAMP) ## ruff, pyright, codespell
 	@$(BIN)/ruff check .
@@ -65,28 +67,47 @@ clean: ## remove .venv, caches and built documentation (runs/ stays)
 	@rm -rf '$(VENV)' .cache site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+# The stamp comes last, so that an interrupted build is started again.
+$(VENV)/.built:
 	@python=''; \
 	for candidate in $(if $(PYTHON),'$(PYTHON)',python3 python3.13 python3.12 python3.11 python); do \
 	  if "$$candidate" -c '$(SUITABLE)' 2>/dev/null; then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  found="$$( $(or $(PYTHON),python3) --version 2>&1 || true)"; \
+	  found="$$('$(or $(PYTHON),python3)' --version 2>/dev/null || true)"; \
 	  echo "exitax needs Python 3.11, 3.12 or 3.13, and found: $${found:-none}." >&2; \
 	  echo "Install one, or name it: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=/path/to/python3.12" >&2; \
 	  exit 2; \
 	fi; \
 	echo "building $(VENV) with $$("$$python" --version)"; \
-	"$$python" -m venv '$(VENV)'
+	"$$python" -m venv '$(VENV)'; \
+	touch $@
 
-$(CORE_STAMP): | $(BIN)/python
-	@echo 'installing exitax and what it needs (about 800 MB with jax; half a minute on a fast line)'
-	@$(PIP) install -r requirements.txt
-	@$(PIP) install --no-deps -e .
-	@rm -f $(VENV)/.installed-[0-9]* && touch $@
+# Asked for one Python while .venv holds another: say so rather than use the wrong one.
+.PHONY: same-python
+same-python: | $(VENV)/.built
+	@wanted="$$('$(PYTHON)' --version)"; held="$$($(BIN)/python --version)"; \
+	if [ "$$wanted" != "$$held" ]; then \
+	  echo "$(VENV) holds $$held, not $$wanted: add VENV=.venv-other, or remove it with make clean." >&2; \
+	  exit 2; \
+	fi
+
+$(CORE_STAMP): | $(VENV)/.built $(if $(PYTHON),same-python)
+	@echo 'installing exitax and what it needs (about 1 GB, most of it jax; a minute on a fast line)'
+	@$(PIP) install --no-compile -r requirements.txt
+	@$(PIP) install --no-compile --no-deps -e .
+	@rm -f $(VENV)/.installed-* && touch $@
 
 $(DEV_STAMP): $(CORE_STAMP)
 	@echo 'installing what tests, benchmarks and tools need'
-	@$(PIP) install -r requirements-dev.txt
-	@$(BIN)/python -c 'import importlib.util as u; u.find_spec("torch") or print("torch was left to you here (Linux with Python 3.12 or newer gets a CUDA build of gigabytes): $(BIN)/pip install torch, for what compares with it")'
+	@$(PIP) install --no-compile -r requirements-dev.txt
+	@$(BIN)/python -c "$$TORCH_NOTE"
 	@rm -f $(VENV)/.installed-dev-* && touch $@
+
+define TORCH_NOTE
+import importlib.util
+if importlib.util.find_spec('torch') is None:
+  print('torch was left to you: on Linux with Python 3.12 or newer its usual build brings gigabytes of CUDA.')
+  print('What compares with it needs: $(BIN)/pip install torch')
+endef
+export TORCH_NOTE
