@@ -1,0 +1,60 @@
+"""Finite, ordered batches of held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from exitax.data.batch import Batch, empty_row, stack_rows
+from exitax.data.loader import Shard
+from exitax.data.packing import PackedRows
+from exitax.errors import UserError
+
+
+class EvalLoader:
+  """Every held-out row once, in order; may be iterated over again and again.
+
+  All processes get the same number of batches of the same shape: missing rows at the end are
+  padding with weight 0.
+  """
+
+  def __init__(
+    self,
+    parts: Sequence[PackedRows],
+    *,
+    batch_size: int,
+    shard: Shard = Shard(),
+    max_rows: int | None = None,
+  ) -> None:
+    """Chains the rows of `parts`.
+
+    Args:
+      parts: rows of one length and pad id.
+      batch_size: rows of a global batch, over all processes.
+      shard: the part of this process.
+      max_rows: at most so many rows, spread evenly; None takes all.
+
+    Raises:
+      UserError: there are no rows, or a number is out of range.
+    """
+    places = [(part, index) for part in parts for index in range(len(part))]
+    if not places:
+      raise UserError('no held-out text: set the held-out fraction above 0, such as 0.05')
+    if max_rows is not None and max_rows < 1:
+      raise UserError(f'max_rows={max_rows} is below 1: choose such as 64, or None for all')
+    count = min(len(places), max_rows or len(places))
+    self._places = [places[i * len(places) // count] for i in range(count)]
+    self._batch_size = batch_size
+    self._local = shard.local_batch_size(batch_size)
+    self._first = shard.process_index * self._local
+    self._padding = empty_row(length=parts[0].length, pad_id=parts[0].pad_id)
+
+  def __len__(self) -> int:
+    """Batches in one pass."""
+    return -(-len(self._places) // self._batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    """Batches `[batch_size / process_count, length]` of NumPy arrays."""
+    for step in range(len(self)):
+      first = step * self._batch_size + self._first
+      rows = [part[index] for part, index in self._places[first : first + self._local]]
+      yield stack_rows(rows + [self._padding] * (self._local - len(rows)))

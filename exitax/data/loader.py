@@ -1,0 +1,140 @@
+"""Endless shuffled training batches with a state that resumes bitwise; the only importer of grain.
+
+Each task is shuffled anew every epoch by a seed of its own and repeats for ever; the mixture draws
+rows from the tasks in a fixed pattern of their weights. Step `s` of the whole job is rows
+`[s * batch_size, (s + 1) * batch_size)` of that sequence, of which process `p` of `n` takes the
+`p`-th `n`-th part. So hosts never overlap, their parts stacked are what one host alone would see,
+and a state saved on `n` processes may be restored on another number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from exitax.data.batch import Batch, stack_rows
+from exitax.data.cache import key_of
+from exitax.data.packing import PackedRows
+from exitax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """Which part of every global batch a process loads: `process_index` of `process_count`."""
+
+  process_index: int = 0
+  process_count: int = 1
+
+  def local_batch_size(self, batch_size: int) -> int:
+    """Rows of a global batch of `batch_size` that this process loads.
+
+    Raises:
+      UserError: the processes do not divide the batch, or the index is out of range.
+    """
+    if not 0 <= self.process_index < self.process_count:
+      raise UserError(
+        f'process_index={self.process_index} is outside 0 to process_count-1='
+        f'{self.process_count - 1}'
+      )
+    if batch_size < 1 or batch_size % self.process_count:
+      raise UserError(
+        f'batch_size={batch_size} is not a positive multiple of {self.process_count} processes: '
+        f'choose such as {max(1, batch_size // self.process_count) * self.process_count}'
+      )
+    return batch_size // self.process_count
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRows:
+  """The rows of one task and their share of the mixture."""
+
+  name: str
+  rows: PackedRows
+  weight: float = 1.0
+
+
+class TrainLoader(Iterator[Batch]):
+  """Batches `[batch_size / process_count, length]` of NumPy arrays, for ever."""
+
+  def __init__(
+    self,
+    tasks: Sequence[TrainRows],
+    *,
+    batch_size: int,
+    seed: int,
+    corpus_digest: str,
+    shard: Shard = Shard(),
+    prefetch: int = 4,
+  ) -> None:
+    """Starts at the first batch.
+
+    Args:
+      tasks: at least one, each with a row or more.
+      batch_size: rows of a global batch, over all processes.
+      seed: decides the order of the rows; 0 or more.
+      corpus_digest: names what the rows hold, to refuse a state of other data.
+      shard: the part of this process.
+      prefetch: batches made ahead by one background thread.
+
+    Raises:
+      UserError: grain is missing, or a number is out of range.
+    """
+    if seed < 0:
+      raise UserError(f'data seed={seed} is negative: choose 0 or more')
+    self._grain = _import_grain()
+    self._digest = key_of(
+      {
+        'corpus': corpus_digest,
+        'tasks': [[task.name, task.rows.length, task.weight] for task in tasks],
+        'batch_size': batch_size,
+        'seed': seed,
+      }
+    )
+    local = shard.local_batch_size(batch_size)
+    rows = self._mixed(tasks, seed=seed).batch(local, batch_fn=stack_rows)
+    own = rows[shard.process_index :: shard.process_count]
+    options = self._grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    self._iterator = iter(own.to_iter_dataset(options))
+
+  def _mixed(self, tasks: Sequence[TrainRows], *, seed: int) -> Any:
+    endless = []
+    for index, task in enumerate(tasks):
+      task_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+      rows = self._grain.MapDataset.source(task.rows).seed(task_seed)
+      endless.append(rows.shuffle().repeat())
+    if len(endless) == 1:
+      return endless[0]
+    return self._grain.MapDataset.mix(endless, weights=[task.weight for task in tasks])
+
+  def __next__(self) -> Batch:
+    """The next batch of this process."""
+    return next(self._iterator)
+
+  def get_state(self) -> dict[str, Any]:
+    """Where the loader stands, as JSON-able values; the same on every process."""
+    return {'format': 1, 'digest': self._digest, 'grain': dict(self._iterator.get_state())}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on from `state`: the batches that follow are bitwise those that followed then.
+
+    Raises:
+      UserError: the state is of other data, another seed, length, batch size or mixture.
+    """
+    if state.get('digest') != self._digest:
+      raise UserError(
+        f'the saved data state ({str(state.get("digest"))[:12]}) belongs to other data than this '
+        f'run ({self._digest[:12]}): corpus, tokenizer, split, mixture, length, batch_size and seed '
+        'must be those it was saved with, or start in a new model directory'
+      )
+    self._iterator.set_state(state['grain'])
+
+
+def _import_grain() -> Any:
+  try:
+    return importlib.import_module('grain')
+  except ImportError:
+    raise UserError('training data needs the grain package: pip install grain') from None
