@@ -43,7 +43,7 @@ quickstart: $(CORE_STAMP) ## train a small early-exit model on real text, evalua
 test: $(DEV_STAMP) ## run the tests (ARGS='-k name' picks some)
 	@workers='$(WORKERS)'; $(BIN)/python -m pytest -q -n "$${workers:-auto}" --maxprocesses=$${workers:-4} \
 	  --dist=loadscope --no-loadscope-reorder $(ARGS) || { \
-	    status=$$?; [ $$status = 5 ] && echo "no test matches $(value ARGS)" >&2; exit $$status; }
+	    status=$$?; [ $$status = 5 ] && echo "no test matches ARGS" >&2; exit $$status; }
 
 lint: $(DEV_STAMP) ## ruff, pyright, codespell
 	@$(BIN)/ruff check .
