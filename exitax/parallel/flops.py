@@ -121,9 +121,7 @@ def _cond_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
 def _shard_map_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
   """The body is one shard's program: once per coordinate of the manual axes."""
   mesh = eqn.params['mesh']
-  # The parameter was `manual_axes` in some versions of JAX.
-  name = 'newly_manual_axes' if 'newly_manual_axes' in eqn.params else 'manual_axes'
-  shards = math.prod(mesh.shape[axis] for axis in eqn.params[name])
+  shards = math.prod(mesh.shape[axis] for axis in eqn.params['newly_manual_axes'])
   return _count(eqn.params['jaxpr'], used).times(shards)
 
 

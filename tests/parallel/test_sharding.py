@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import pathlib
 import socket
 import subprocess
@@ -71,7 +70,7 @@ def test_no_device_computes_the_whole_parameter():
 
 def test_uneven_parameter_names_its_path():
   mesh = parallel.make_mesh(parallel.MeshConfig(tensor=3), jax.devices()[:3])
-  with pytest.raises(UserError, match='^blocks/query: tensor=3 does not divide num_heads=8'):
+  with pytest.raises(UserError, match=r'^blocks/query: tensor=3 does not divide num_heads=8'):
     parallel.tree_shardings(
       {'blocks': {'query': jax.ShapeDtypeStruct((16, 8), 'float32')}},
       {'blocks': {'query': ('embed', 'heads')}},
@@ -127,29 +126,28 @@ def test_batch_that_does_not_spread_is_refused():
   assert str(error.value) == 'data=4 does not divide batch_size=6: choose a multiple of 4'
 
 
-@pytest.mark.parametrize('sizes', ['4,1,1', '2,1,2', '1,1,4'])
-def test_two_processes(sizes):
+def test_two_processes(subprocess_env):
   """Each process passes its rows (all of them where it shares them); sums see the whole batch."""
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     port = probe.getsockname()[1]
   worker = pathlib.Path(__file__).with_name('two_processes.py')
-  root = str(pathlib.Path(parallel.__file__).parents[2])
   processes = [
     subprocess.Popen(
-      [sys.executable, str(worker), str(port), str(index), sizes],
+      [sys.executable, str(worker), str(port), str(index), '4,1,1', '2,1,2', '1,1,4'],
       stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
       text=True,
-      env={**os.environ, 'PYTHONPATH': root, 'JAX_PLATFORMS': 'cpu'},
+      env=subprocess_env,
     )
     for index in range(2)
   ]
   try:
     for process in processes:
-      out, err = process.communicate(timeout=120)
-      assert process.returncode == 0, err
-      assert out.strip().endswith('ok'), err
+      output, _ = process.communicate(timeout=120)
+      assert process.returncode == 0, output
+      for sizes in ((4, 1, 1), (2, 1, 2), (1, 1, 4)):
+        assert f'mesh {sizes} ok' in output
   finally:
     for process in processes:
       process.kill()

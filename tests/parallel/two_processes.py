@@ -1,6 +1,7 @@
 """One of two processes with two devices each; run by test_sharding.
 
-Arguments: port of the coordinator, index of this process, mesh sizes 'data,pipeline,tensor'.
+Arguments: port of the coordinator, index of this process, then one or more
+meshes 'data,pipeline,tensor'.
 """
 
 from __future__ import annotations
@@ -14,27 +15,40 @@ from exitax import parallel
 
 
 def main() -> None:
-  port, index, sizes = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+  """Joins the other process, then checks every mesh."""
+  port, index, *meshes = sys.argv[1:]
   jax.config.update('jax_num_cpu_devices', 2)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=index)
-  mesh = parallel.make_mesh(parallel.MeshConfig(*(int(size) for size in sizes.split(','))))
-  rules = parallel.ShardingRules()
+  jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=int(index))
+  for sizes in meshes:
+    config = parallel.MeshConfig(*(int(size) for size in sizes.split(',')))
+    mesh = parallel.make_mesh(config)
+    check_init(mesh)
+    check_batch(mesh, int(index))
+    print(f'mesh {mesh.devices.shape} ok')
+
+
+def check_init(mesh: jax.sharding.Mesh) -> None:
+  """This process's shards are pieces of what one device computes alone."""
+
+  def init(key: jax.Array) -> dict[str, jax.Array]:
+    return {'w': jax.random.normal(key, (8, 4))}
 
   key = jax.random.key(5)
-  params = parallel.init_sharded(
-    lambda key: {'w': jax.random.normal(key, (8, 4))}, key, {'w': ('vocab', 'embed')}, mesh, rules
-  )
-  want = np.asarray(jax.jit(lambda key: jax.random.normal(key, (8, 4)))(key))
+  axes = {'w': ('vocab', 'embed')}
+  params = parallel.init_sharded(init, key, axes, mesh, parallel.ShardingRules())
+  want = np.asarray(jax.jit(init)(key)['w'])
   for shard in params['w'].addressable_shards:
     np.testing.assert_array_equal(shard.data, want[shard.index])
 
+
+def check_batch(mesh: jax.sharding.Mesh, index: int) -> None:
+  """A sum over the global batch sees the rows of both processes, once."""
   whole = np.arange(40.0).reshape(4, 10)
   own_rows = np.split(whole, 2)[index] if mesh.shape['data'] > 1 else whole
-  batch = parallel.shard_batch({'tokens': own_rows}, mesh, rules)
+  batch = parallel.shard_batch({'tokens': own_rows}, mesh, parallel.ShardingRules())
   assert batch['tokens'].shape == (4, 10)
   assert float(jax.jit(lambda x: (x * x).sum())(batch['tokens'])) == (whole**2).sum()
-  print('ok')
 
 
 if __name__ == '__main__':
