@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from exitax.errors import choose
+
 
 class RopeScaling(enum.Enum):
   """How frequencies are changed to reach beyond the pretraining length."""
@@ -44,6 +46,10 @@ class RopeConfig:
   high_frequency_factor: float = 4.0
   beta_fast: float = 32.0
   beta_slow: float = 1.0
+
+  def __post_init__(self) -> None:
+    scaling = choose(RopeScaling, self.scaling, name='RopeConfig.scaling')
+    object.__setattr__(self, 'scaling', scaling)
 
 
 @struct.dataclass

@@ -6,8 +6,8 @@ import dataclasses
 import enum
 from typing import Any
 
-from exitax.errors import UserError
-from exitax.layers import BlockConfig, HeadKind, Precision, RopeConfig, RopeScaling
+from exitax.errors import UserError, choose
+from exitax.layers import BlockConfig, HeadKind, Precision, RopeConfig
 
 
 class ExitMatrix(enum.Enum):
@@ -40,6 +40,10 @@ class ExitConfig:
   layer: int
   head: HeadKind = HeadKind.NORM
   matrix: ExitMatrix = ExitMatrix.FINAL
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, 'head', choose(HeadKind, self.head, name='ExitConfig.head'))
+    object.__setattr__(self, 'matrix', choose(ExitMatrix, self.matrix, name='ExitConfig.matrix'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,8 @@ class ModelConfig:
     if self.sliding_window is not None and self.sliding_window < 1:
       raise UserError(f'sliding_window={self.sliding_window} must be at least 1, or None')
     object.__setattr__(self, 'exits', tuple(self.exits))
+    object.__setattr__(self, 'precision', choose(Precision, self.precision, name='precision'))
+    object.__setattr__(self, 'remat', choose(Remat, self.remat, name='remat'))
     self._check_exits()
 
   def _check_exits(self) -> None:
@@ -174,18 +180,10 @@ class ModelConfig:
     """
     values = dict(values)
     try:
-      rope = dict(values.pop('rope'))
-      rope['scaling'] = RopeScaling(rope['scaling'])
-      exits = tuple(
-        ExitConfig(
-          layer=item['layer'], head=HeadKind(item['head']), matrix=ExitMatrix(item['matrix'])
-        )
-        for item in values.pop('exits')
-      )
-      values['precision'] = Precision(values['precision'])
-      values['remat'] = Remat(values['remat'])
-      return cls(rope=RopeConfig(**rope), exits=exits, **values)
-    except (KeyError, TypeError, ValueError) as error:
+      rope = RopeConfig(**values.pop('rope'))
+      exits = tuple(ExitConfig(**item) for item in values.pop('exits'))
+      return cls(rope=rope, exits=exits, **values)
+    except (KeyError, TypeError) as error:
       raise UserError(f'model configuration does not fit this version of exitax: {error}') from None
 
 

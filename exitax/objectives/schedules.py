@@ -8,7 +8,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from exitax.errors import UserError
+from exitax.errors import UserError, choose
 
 
 class WeightCurve(enum.Enum):
@@ -41,6 +41,8 @@ class ExitWeight:
   curve: WeightCurve = WeightCurve.CONSTANT
 
   def __post_init__(self) -> None:
+    curve = choose(WeightCurve, self.curve, name='ExitWeight.curve')
+    object.__setattr__(self, 'curve', curve)
     if self.start < 0 or self.end < 0:
       raise UserError(f'exit weight {min(self.start, self.end)} is negative: choose 0 or more')
     if self.curve is not WeightCurve.CONSTANT and self.steps < 1:

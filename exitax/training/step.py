@@ -1,0 +1,114 @@
+"""One optimizer step, as a pure function of state and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from exitax.errors import UserError
+from exitax.models import ExitLM, Params
+from exitax.objectives import LossSums, ObjectiveConfig, PackedBatch, exit_objective
+from exitax.training.state import TrainState
+
+
+@struct.dataclass
+class StepMetrics:
+  """What one step reports.
+
+  Attributes:
+    sums: loss sums of every exit over the whole batch.
+    loss: f32 scalar, the weighted objective per token.
+    gradient_norm: f32 scalar, global norm before clipping.
+    learning_rate: f32 scalar, used by this step.
+    exit_weights: f32 `[exits + 1]`, used by this step.
+  """
+
+  sums: LossSums
+  loss: jax.Array
+  gradient_norm: jax.Array
+  learning_rate: jax.Array
+  exit_weights: jax.Array
+
+
+TrainStepFn = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(
+  model: ExitLM,
+  optimizer: optax.GradientTransformation,
+  *,
+  objective: ObjectiveConfig,
+  schedule: optax.Schedule,
+  accumulation_steps: int = 1,
+) -> TrainStepFn:
+  """A step function to be jitted with its state donated.
+
+  The gradient is that of the mean loss per counted token over the *whole* batch, whatever the
+  number of accumulation steps: sums are added up and divided once.
+
+  Args:
+    model: the model.
+    optimizer: the optax transformation.
+    objective: losses and their weights.
+    schedule: learning rate by step, for the report.
+    accumulation_steps: parts that a batch is cut into, one forward and backward each.
+
+  Raises:
+    UserError: as `ObjectiveConfig.check`; while tracing, a batch that cannot be cut.
+  """
+  objective.check(model.config.exits)
+
+  def gradients(params: Params, batch: PackedBatch, weights: jax.Array) -> Any:
+    def loss_fn(params: Params) -> tuple[jax.Array, LossSums]:
+      return exit_objective(model, params, batch, weights, config=objective)
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+  def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
+    weights = objective.weights_at(state.step)
+    if accumulation_steps == 1:
+      (loss, sums), grads = gradients(state.params, batch, weights)
+    else:
+      (loss, sums), grads = _accumulate(
+        lambda part: gradients(state.params, part, weights), batch, accumulation_steps
+      )
+    per_token = 1.0 / jnp.maximum(sums.tokens, 1.0)
+    grads = jax.tree.map(lambda g: g * per_token, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = StepMetrics(
+      sums=sums,
+      loss=loss * per_token,
+      gradient_norm=optax.global_norm(grads),
+      learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+      exit_weights=weights,
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  return step
+
+
+def _accumulate(gradients: Callable[[Any], Any], batch: PackedBatch, num_parts: int) -> Any:
+  """Adds up `gradients` over `num_parts` slices of the batch, one at a time."""
+
+  def cut(x: jax.Array) -> jax.Array:
+    if x.shape[0] % num_parts:
+      raise UserError(
+        f'accumulation_steps={num_parts} does not divide batch_size={x.shape[0]}: choose a divisor'
+      )
+    # Rows i, i + parts, ...: every device's rows are spread over all parts, so nothing moves.
+    return x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+  parts = jax.tree.map(cut, batch)
+  shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  def add(total: Any, part: Any) -> Any:
+    return jax.tree.map(jnp.add, total, gradients(part)), None
+
+  return jax.lax.scan(add, zeros, parts)[0]
