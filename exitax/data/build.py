@@ -10,7 +10,7 @@ from exitax.data.cache import cache_root, cached_folder, key_of
 from exitax.data.corpus import Corpus, TokenisedCorpus
 from exitax.data.evaluation import EvalLoader
 from exitax.data.huggingface import BpeTokenizer
-from exitax.data.loader import Shard, TrainLoader, TrainRows
+from exitax.data.loader import WHOLE, Shard, TrainLoader, TrainRows
 from exitax.data.packing import PackedRows, TokenStream
 from exitax.data.progress import Progress, progress_bar
 from exitax.data.splits import SplitConfig
@@ -86,7 +86,7 @@ class Data:
     """Names texts, split and tokenizer together."""
     return self.corpus.digest
 
-  def train_loader(self, shard: Shard = Shard()) -> TrainLoader:
+  def train_loader(self, shard: Shard = WHOLE) -> TrainLoader:
     """A new endless loader of the training part, at its first batch.
 
     Raises:
@@ -105,7 +105,7 @@ class Data:
     )
 
   def eval_loader(
-    self, shard: Shard = Shard(), *, task: str | None = None, max_rows: int | None = None
+    self, shard: Shard = WHOLE, *, task: str | None = None, max_rows: int | None = None
   ) -> EvalLoader:
     """The held-out part of one task, or of all in order; `max_rows` spreads over all of it.
 
@@ -172,6 +172,4 @@ def build_tokenizer(
 
 def _train_bpe(folder: Path, *, corpus: Corpus, vocab_size: int, progress: Progress) -> None:
   texts = corpus.train_texts()
-  BpeTokenizer.train(
-    texts, vocab_size=vocab_size, total=len(texts), progress=progress
-  ).save(folder)
+  BpeTokenizer.train(texts, vocab_size=vocab_size, total=len(texts), progress=progress).save(folder)

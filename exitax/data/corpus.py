@@ -49,9 +49,7 @@ class TokenisedCorpus:
 class Corpus:
   """The documents of a mixture; the split is worked out only when something needs it."""
 
-  def __init__(
-    self, mixture: Mixture, *, split: SplitConfig, progress: Progress = quiet
-  ) -> None:
+  def __init__(self, mixture: Mixture, *, split: SplitConfig, progress: Progress = quiet) -> None:
     """Reads all documents into memory.
 
     Raises:
@@ -66,7 +64,7 @@ class Corpus:
     # What the split depends on, and so all that is derived from it.
     self.identity = {
       'format': _FORMAT,
-      'tasks': list(zip(self.names, self.digests)),
+      'tasks': list(zip(self.names, self.digests, strict=True)),
       'split': dataclasses.asdict(split),
     }
 
@@ -100,9 +98,9 @@ class Corpus:
 
   def _write(self, folder: Path, *, tokenizer: Tokenizer) -> None:
     tasks = []
-    for index, (name, split) in enumerate(zip(self.names, self.splits)):
+    for index, (name, split) in enumerate(zip(self.names, self.splits, strict=True)):
       parts = {}
-      for part, documents in zip(_PARTS, (split.train, split.held_out)):
+      for part, documents in zip(_PARTS, (split.train, split.held_out), strict=True):
         stream = token_stream(
           self._encoded(documents, tokenizer=tokenizer, label=f'tokenising {name} {part}'),
           tokenizer=tokenizer,

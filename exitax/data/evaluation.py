@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from exitax.data.batch import Batch, empty_row, stack_rows
-from exitax.data.loader import Shard
+from exitax.data.loader import WHOLE, Shard
 from exitax.data.packing import PackedRows
 from exitax.errors import UserError
 
@@ -22,7 +22,7 @@ class EvalLoader:
     parts: Sequence[PackedRows],
     *,
     batch_size: int,
-    shard: Shard = Shard(),
+    shard: Shard = WHOLE,
     max_rows: int | None = None,
   ) -> None:
     """Chains the rows of `parts`.

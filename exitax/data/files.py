@@ -54,7 +54,9 @@ def read_bytes(path: Path) -> bytes:
   try:
     return path.read_bytes()
   except OSError as error:
-    raise UserError(f'cannot read {path}: {error.strerror}; check the path and its rights') from None
+    raise UserError(
+      f'cannot read {path}: {error.strerror}; check the path and its rights'
+    ) from None
 
 
 def read_text(path: Path) -> str:

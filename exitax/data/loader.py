@@ -48,6 +48,10 @@ class Shard:
     return batch_size // self.process_count
 
 
+WHOLE = Shard()
+"""All of every batch: one process alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainRows:
   """The rows of one task and their share of the mixture."""
@@ -67,7 +71,7 @@ class TrainLoader(Iterator[Batch]):
     batch_size: int,
     seed: int,
     corpus_digest: str,
-    shard: Shard = Shard(),
+    shard: Shard = WHOLE,
     prefetch: int = 4,
   ) -> None:
     """Starts at the first batch.

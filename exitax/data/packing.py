@@ -48,17 +48,13 @@ class TokenStream:
   offsets: np.ndarray
 
 
-def token_stream(
-  documents: Iterable[Sequence[int]], *, tokenizer: Tokenizer
-) -> TokenStream:
+def token_stream(documents: Iterable[Sequence[int]], *, tokenizer: Tokenizer) -> TokenStream:
   """The stream of `documents`, each given as the ids of its text alone."""
   start, end = start_id(tokenizer), tokenizer.eos_id
   dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   framed = [np.asarray([start, *ids, end], dtype) for ids in documents]
   sizes = np.array([0, *map(len, framed)], np.int64)
-  return TokenStream(
-    tokens=np.concatenate([*framed, np.zeros(0, dtype)]), offsets=np.cumsum(sizes)
-  )
+  return TokenStream(tokens=np.concatenate([*framed, np.zeros(0, dtype)]), offsets=np.cumsum(sizes))
 
 
 class PackedRows(Sequence[Batch]):

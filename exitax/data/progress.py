@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
@@ -24,10 +25,17 @@ def quiet(items: Iterable[Item], *, total: int, label: str) -> Iterator[Item]:
 
 
 def progress_bar(items: Iterable[Item], *, total: int, label: str) -> Iterator[Item]:
-  """A tqdm bar on standard error where that is a terminal and tqdm is installed, else nothing."""
+  """A bar on standard error where that is a terminal and rich is installed, else nothing."""
+  if not sys.stderr.isatty():
+    return iter(items)
   try:
-    tqdm = importlib.import_module('tqdm')
+    rich_console = importlib.import_module('rich.console')
+    rich_progress = importlib.import_module('rich.progress')
   except ImportError:
     return iter(items)
-  # disable=None is tqdm's word for "only on a terminal".
-  return iter(tqdm.tqdm(items, total=total, desc=label, disable=None, leave=False))
+  console = rich_console.Console(stderr=True)
+  return iter(
+    rich_progress.track(
+      items, description=label, total=total or None, console=console, transient=True
+    )
+  )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -69,31 +70,29 @@ def split_documents(
   Raises:
     UserError: a corpus has too few documents to be split, or none is left to train on.
   """
-  chosen = [choose_held_out(documents, fraction=config.fraction) for documents in corpora]
-  held_out = [d for documents, mask in zip(corpora, chosen) for d, m in zip(documents, mask) if m]
-  index = ShingleIndex(held_out, config=config)
+  masks = [choose_held_out(documents, fraction=config.fraction) for documents in corpora]
+  held_out = [
+    tuple(itertools.compress(documents, mask))
+    for documents, mask in zip(corpora, masks, strict=True)
+  ]
+  index = ShingleIndex([document for part in held_out for document in part], config=config)
   total = sum(len(documents) for documents in corpora)
-  flat = [(d, m) for documents, mask in zip(corpora, chosen) for d, m in zip(documents, mask)]
-  near = iter(
-    [
-      not held and index.similarity(document.text) >= config.similarity
-      for document, held in progress(flat, total=total, label='near-duplicates')
-    ]
-  )
+  # One bar over all corpora: each of the loops below takes its own documents from it.
+  shown = progress(itertools.chain.from_iterable(corpora), total=total, label='near-duplicates')
   splits = []
-  for documents, mask in zip(corpora, chosen):
-    fates = [(d, held, next(near)) for d, held in zip(documents, mask)]
-    split = Split(
-      train=tuple(d for d, held, drop in fates if not held and not drop),
-      held_out=tuple(d for d, held, _ in fates if held),
-      dropped=tuple(d for d, _, drop in fates if drop),
-    )
-    if not split.train:
+  for mask, part in zip(masks, held_out, strict=True):
+    train: list[Document] = []
+    dropped: list[Document] = []
+    for held, document in zip(mask, shown):  # noqa: B905  (`shown` goes on to the next corpus)
+      if not held:
+        near = index.similarity(document.text) >= config.similarity
+        (dropped if near else train).append(document)
+    if not train:
       raise UserError(
-        f'all {len(split.dropped)} training documents are near-duplicates of held-out ones '
+        f'all {len(dropped)} training documents are near-duplicates of held-out ones '
         f'(similarity >= {config.similarity}): bring more varied text or raise similarity'
       )
-    splits.append(split)
+    splits.append(Split(train=tuple(train), held_out=part, dropped=tuple(dropped)))
   return splits
 
 

@@ -101,7 +101,9 @@ def utf8(text: str) -> bytes:
     return text.encode()
   except UnicodeEncodeError as error:
     bad = text[error.start]
-    raise UserError(f'text has {bad!r} at {error.start}, which is no character: remove it') from None
+    raise UserError(
+      f'text has {bad!r} at {error.start}, which is no character: remove it'
+    ) from None
 
 
 def start_id(tokenizer: Tokenizer) -> int:
