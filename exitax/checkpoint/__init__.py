@@ -1,0 +1,35 @@
+"""Checkpoints that are committed whole, verified before use, and restored onto any mesh.
+
+The only folder that imports Orbax.
+"""
+
+from __future__ import annotations
+
+from exitax.checkpoint.artifacts import (
+  checkpoints_directory,
+  read_json,
+  write_bytes_atomic,
+  write_json_atomic,
+)
+from exitax.checkpoint.config import BestMode, CheckpointConfig
+from exitax.checkpoint.errors import CheckpointError
+from exitax.checkpoint.manager import CheckpointManager
+from exitax.checkpoint.reading import CheckpointInfo, Restored
+from exitax.checkpoint.tree import LeafSpec
+
+__all__ = [
+  # Saving and restoring
+  'BestMode',
+  'CheckpointConfig',
+  'CheckpointInfo',
+  'CheckpointManager',
+  'LeafSpec',
+  'Restored',
+  # Files of a model directory
+  'checkpoints_directory',
+  'read_json',
+  'write_bytes_atomic',
+  'write_json_atomic',
+  # Errors
+  'CheckpointError',
+]
