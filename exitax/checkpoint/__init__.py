@@ -14,6 +14,7 @@ from exitax.checkpoint.artifacts import (
 from exitax.checkpoint.config import BestMode, CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
 from exitax.checkpoint.manager import CheckpointManager
+from exitax.checkpoint.model_dir import LoadedModel, load_model, read_model, write_model
 from exitax.checkpoint.reading import CheckpointInfo, Restored
 from exitax.checkpoint.tree import LeafSpec
 
@@ -26,6 +27,10 @@ __all__ = [
   'LeafSpec',
   'Restored',
   # Files of a model directory
+  'LoadedModel',
+  'load_model',
+  'read_model',
+  'write_model',
   'checkpoints_directory',
   'read_json',
   'write_bytes_atomic',

@@ -26,6 +26,7 @@ from exitax.checkpoint.reading import CheckpointInfo, Restored
 from exitax.checkpoint.store import save_arrays
 
 _logger = logging.getLogger('exitax.checkpoint')
+_DEFAULT_CONFIG = CheckpointConfig()
 
 
 class CheckpointManager:
@@ -44,7 +45,7 @@ class CheckpointManager:
     self,
     directory: str | os.PathLike[str],
     *,
-    config: CheckpointConfig = CheckpointConfig(),
+    config: CheckpointConfig = _DEFAULT_CONFIG,
   ) -> None:
     self._folders = StepFolders(Path(directory).absolute())
     self._config = config

@@ -202,7 +202,7 @@ def test_parameters_alone_do_not_need_the_optimizer_files(tmp_path: Path) -> Non
   _assert_same(manager.restore_params(_abstract(state.params)).state, state.params)
   blocks = manager.restore_subtree(_abstract(state.params['blocks']), prefix='params/blocks')
   _assert_same(blocks.state, state.params['blocks'])
-  with pytest.raises(checkpoint.CheckpointError, match='opt_state.tree'):
+  with pytest.raises(checkpoint.CheckpointError, match=r'opt_state\.tree'):
     manager.restore(_abstract(state))
 
 
@@ -252,7 +252,7 @@ def test_a_failed_save_surfaces_and_leaves_the_older_step(
   with monkeypatch.context() as patch:
     patch.setattr(commit, 'write_manifest', full)
     manager.save(2, state)
-    with pytest.raises(checkpoint.CheckpointError, match='No space left.*step 1 is untouched'):
+    with pytest.raises(checkpoint.CheckpointError, match=r'No space left.*step 1 is untouched'):
       if method == 'save':
         manager.save(3, state)
       else:
@@ -341,7 +341,7 @@ def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
   with manager:
     manager.save(10, {'w': jnp.zeros(2)})
     manager.save(20, {'w': jnp.zeros(2)})
-  with pytest.raises(checkpoint.CheckpointError, match='step 15 is not .*: choose 10, 20'):
+  with pytest.raises(checkpoint.CheckpointError, match=r'step 15 is not .*: choose 10, 20'):
     manager.restore({}, step=15)
 
 

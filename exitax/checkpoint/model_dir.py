@@ -1,0 +1,136 @@
+"""A model directory: what must lie beside checkpoints so that they can be used on their own.
+
+    MODEL_DIR/model.json         configuration of the model, digest of its tokenizer
+    MODEL_DIR/tokenizer/         the tokenizer
+    MODEL_DIR/checkpoints/<step>/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from exitax.checkpoint.artifacts import checkpoints_directory, read_json, write_json_atomic
+from exitax.checkpoint.errors import CheckpointError
+from exitax.checkpoint.manager import CheckpointManager
+from exitax.data import Tokenizer, check_tokenizer, load_tokenizer
+from exitax.errors import UserError
+from exitax.models import ExitLM, ModelConfig, Params
+from exitax.parallel import ShardingRules, tree_shardings
+
+FORMAT = 1
+MODEL_FILE = 'model.json'
+TOKENIZER_FOLDER = 'tokenizer'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+  """A trained model, ready to be scored or decoded.
+
+  Attributes:
+    model: configuration and functions.
+    params: parameters with stacked blocks, in the shardings of the mesh.
+    tokenizer: the one it was trained with.
+    step: optimizer steps behind the parameters.
+    directory: where it came from.
+  """
+
+  model: ExitLM
+  params: Params
+  tokenizer: Tokenizer
+  step: int
+  directory: Path
+
+
+def write_model(
+  model_dir: str | os.PathLike[str], config: ModelConfig, tokenizer: Tokenizer
+) -> None:
+  """Writes `model.json` and the tokenizer, or checks that those already there are the same.
+
+  Raises:
+    UserError: the directory holds another model or tokenizer; nothing is overwritten.
+  """
+  directory = Path(model_dir)
+  content = {'format': FORMAT, 'model': config.to_dict(), 'tokenizer_digest': tokenizer.digest}
+  path = directory / MODEL_FILE
+  if path.exists():
+    _check_same(directory, found=read_json(path), wanted=content)
+  tokenizer.save(directory / TOKENIZER_FOLDER)
+  write_json_atomic(path, content)
+
+
+def read_model(model_dir: str | os.PathLike[str]) -> tuple[ModelConfig, Tokenizer]:
+  """The configuration and the tokenizer of a model directory.
+
+  Raises:
+    UserError: a file is missing or damaged, or the tokenizer is not the one of training.
+  """
+  directory = Path(model_dir)
+  content = read_json(directory / MODEL_FILE)
+  if not isinstance(content, dict) or content.get('format') != FORMAT:
+    raise CheckpointError(
+      f'{directory / MODEL_FILE} is not a model file of format {FORMAT}: train again'
+    )
+  tokenizer = load_tokenizer(directory / TOKENIZER_FOLDER)
+  check_tokenizer(tokenizer, expected_digest=content['tokenizer_digest'], where=str(directory))
+  return ModelConfig.from_dict(content['model']), tokenizer
+
+
+def load_model(
+  model_dir: str | os.PathLike[str],
+  *,
+  mesh: Mesh,
+  rules: ShardingRules,
+  step: int | None = None,
+) -> LoadedModel:
+  """Reads the parameters (no optimizer state) of a checkpoint onto a mesh.
+
+  Args:
+    model_dir: what training wrote.
+    mesh: where the parameters go.
+    rules: how they are sharded.
+    step: which checkpoint; the latest by default.
+
+  Raises:
+    UserError: anything missing, damaged, or that does not fit the mesh.
+  """
+  config, tokenizer = read_model(model_dir)
+  model = ExitLM(config)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shardings = tree_shardings(shapes, model.logical_axes(), mesh, rules)
+  abstract = jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+  with CheckpointManager(checkpoints_directory(model_dir)) as manager:
+    restored = manager.restore_params(abstract, step=step)
+  return LoadedModel(
+    model=model,
+    params=restored.state,
+    tokenizer=tokenizer,
+    step=restored.step,
+    directory=Path(model_dir),
+  )
+
+
+def _check_same(directory: Path, *, found: dict, wanted: dict) -> None:
+  if found.get('tokenizer_digest') != wanted['tokenizer_digest']:
+    raise UserError(
+      f'{directory} was made with another tokenizer '
+      f'({str(found.get("tokenizer_digest"))[:12]}, now {wanted["tokenizer_digest"][:12]}): '
+      'use the same data and vocabulary, or another model directory'
+    )
+  # Formats of the computation may change between runs; shapes may not.
+  free = {'precision', 'remat', 'max_length'}
+  old, new = found.get('model', {}), wanted['model']
+  for name in sorted(set(old) | set(new)):
+    if name not in free and old.get(name) != new.get(name):
+      raise UserError(
+        f'{directory} holds a model with {name}={old.get(name)}, the configuration says '
+        f'{new.get(name)}: change it back, or choose another model directory'
+      )
