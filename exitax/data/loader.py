@@ -4,7 +4,8 @@ Each task is shuffled anew every epoch by a seed of its own and repeats for ever
 rows from the tasks in a fixed pattern of their weights. Step `s` of the whole job is rows
 `[s * batch_size, (s + 1) * batch_size)` of that sequence, of which process `p` of `n` takes the
 `p`-th `n`-th part. So hosts never overlap, their parts stacked are what one host alone would see,
-and a state saved on `n` processes may be restored on another number.
+and a state saved on `n` processes may be restored on another number. (The weights hold for whole
+batches; one host's part of them may lean to a task.)
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class TrainLoader(Iterator[Batch]):
       }
     )
     local = shard.local_batch_size(batch_size)
-    rows = self._mixed(tasks, seed=seed).batch(local, batch_fn=stack_rows)
+    # drop_remainder only because the length is otherwise rounded up in floating point, and an
+    # endless one then no longer fits into an index.
+    rows = self._mixed(tasks, seed=seed).batch(local, drop_remainder=True, batch_fn=stack_rows)
     own = rows[shard.process_index :: shard.process_count]
     options = self._grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     self._iterator = iter(own.to_iter_dataset(options))

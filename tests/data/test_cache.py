@@ -68,7 +68,7 @@ def test_another_process_may_be_faster(tmp_path):
 
 def test_cache_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot write the cache .*EXITAX_CACHE_DIR'):
+  with pytest.raises(UserError, match=r'cannot write the cache .*EXITAX_CACHE_DIR'):
     cached_folder(tmp_path / 'file' / 'key', write_fn=Writer())
 
 
