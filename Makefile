@@ -34,8 +34,10 @@ help: ## list the targets
 	@awk 'NR > 2 && /^#   / { print substr($$0, 3) } !/^#/ { exit }' $(firstword $(MAKEFILE_LIST))
 
 install: $(CORE_STAMP) ## build .venv and install what the commands need
+	@echo '$(VENV) is ready: try $(BIN)/exitax --help, or make quickstart'
 
 install-dev: $(DEV_STAMP) ## the same, with all that tests, benchmarks and tools import
+	@echo '$(VENV) is ready: try make test, make lint or make bench'
 
 quickstart: $(CORE_STAMP) ## train a small early-exit model on real text, evaluate it, generate with it
 	@$(BIN)/exitax quickstart --model_dir=runs/quickstart $(ARGS)

@@ -27,6 +27,14 @@ def _is_worker() -> bool:
   return 'PYTEST_XDIST_WORKER' in os.environ
 
 
+def _xla_flags() -> str:
+  # Eight devices on two busy cores can keep a collective waiting longer than XLA's 40 seconds, after
+  # which it would end the process.
+  patience = '--xla_cpu_collective_call_terminate_timeout_seconds=300'
+  flags = os.environ.get('XLA_FLAGS', '')
+  return flags if patience in flags else f'{flags} {patience}'.strip()
+
+
 def _set_environment() -> None:
   jax_cache = _test_cache() / 'jax'
   jax_cache.mkdir(parents=True, exist_ok=True)
@@ -36,6 +44,7 @@ def _set_environment() -> None:
       'JAX_COMPILATION_CACHE_DIR': str(jax_cache),
       # Below this a program compiles as fast as it is read back.
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+      'XLA_FLAGS': _xla_flags(),
       'MPLBACKEND': 'Agg',
       'TOKENIZERS_PARALLELISM': 'false',
       'HF_HUB_OFFLINE': '1',
