@@ -1,8 +1,8 @@
 """A model directory: what must lie beside checkpoints so that they can be used on their own.
 
-    MODEL_DIR/model.json         configuration of the model, digest of its tokenizer
-    MODEL_DIR/tokenizer/         the tokenizer
-    MODEL_DIR/checkpoints/<step>/
+MODEL_DIR/model.json         configuration of the model, digest of its tokenizer
+MODEL_DIR/tokenizer/         the tokenizer
+MODEL_DIR/checkpoints/<step>/
 """
 
 from __future__ import annotations

@@ -8,14 +8,20 @@ from exitax.objectives.exit_objective import (
   exit_objective,
 )
 from exitax.objectives.schedules import ExitWeight, WeightCurve
+from exitax.objectives.scores import ExitScore, ScoreFn, add_sums, exit_scores, make_score_fn
 
 __all__ = [
+  'ExitScore',
   'ExitSums',
   'ExitWeight',
   'LossSums',
   'ObjectiveConfig',
   'PackedBatch',
+  'ScoreFn',
   'WeightCurve',
+  'add_sums',
   'exit_cross_entropy',
   'exit_objective',
+  'exit_scores',
+  'make_score_fn',
 ]

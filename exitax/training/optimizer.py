@@ -80,7 +80,9 @@ def learning_rate_schedule(config: OptimizerConfig, *, train_steps: int) -> opta
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
   """The optax transformation that `config` describes."""
   if config.chain is not None:
     return config.chain(config, schedule)

@@ -1,0 +1,44 @@
+"""Training: configuration, the jitted step, the loop."""
+
+# Configuration.
+from exitax.training.config import BEST_METRIC, LoopConfig, RunConfig
+
+# What a person sees.
+from exitax.training.display import ConsoleDisplay, Display, QuietDisplay
+from exitax.training.metrics import read_metrics
+from exitax.training.optimizer import (
+  Decay,
+  OptimizerConfig,
+  learning_rate_schedule,
+  make_optimizer,
+)
+
+# Pieces.
+from exitax.training.state import TrainState, abstract_state, init_state, state_shardings
+from exitax.training.step import StepMetrics, make_train_step
+
+# The loop.
+from exitax.training.trainer import DivergenceError, TrainResult, train
+
+__all__ = [
+  'BEST_METRIC',
+  'ConsoleDisplay',
+  'Decay',
+  'Display',
+  'DivergenceError',
+  'LoopConfig',
+  'OptimizerConfig',
+  'QuietDisplay',
+  'RunConfig',
+  'StepMetrics',
+  'TrainResult',
+  'TrainState',
+  'abstract_state',
+  'init_state',
+  'learning_rate_schedule',
+  'make_optimizer',
+  'make_train_step',
+  'read_metrics',
+  'state_shardings',
+  'train',
+]

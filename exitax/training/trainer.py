@@ -1,0 +1,309 @@
+"""The training loop: data, step, metrics, evaluation, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, write_model
+from exitax.data import Data, Shard, build_data
+from exitax.errors import UserError
+from exitax.models import ExitLM
+from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
+from exitax.parallel import count_flops, make_mesh, shard_batch, use
+from exitax.training.config import RunConfig
+from exitax.training.display import Display, QuietDisplay
+from exitax.training.interrupt import StopSignal
+from exitax.training.metrics import FileMetricsWriter, MetricsWriter
+from exitax.training.optimizer import learning_rate_schedule, make_optimizer
+from exitax.training.state import TrainState, abstract_state, init_state
+from exitax.training.step import StepMetrics, make_train_step
+from exitax.training.throughput import Throughput, total_peak_flops
+
+
+class DivergenceError(UserError):
+  """The loss left the numbers that training can recover from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+  """What a run ended with.
+
+  Attributes:
+    step: optimizer steps taken in total.
+    finished: False when a signal stopped it early; the same command then resumes.
+    scores: held-out scores of every exit at the end; empty if interrupted.
+    params: the final parameters.
+  """
+
+  step: int
+  finished: bool
+  scores: tuple[ExitScore, ...]
+  params: Any
+
+
+def train(
+  config: RunConfig, model_dir: str | os.PathLike[str], *, display: Display | None = None
+) -> TrainResult:
+  """Trains until `train_steps`, resuming from the latest checkpoint of `model_dir` if it has one.
+
+  Restore order: the latest checkpoint of `model_dir`; else the parameters of
+  `initial_checkpoint`; else random parameters. Resuming is bitwise: the final parameters are those
+  of a run that was never stopped.
+
+  Args:
+    config: the run.
+    model_dir: where files go.
+    display: how to show progress; nothing by default.
+
+  Raises:
+    UserError: a configuration, data or checkpoint that does not fit; divergence.
+  """
+  display = display or QuietDisplay()
+  data = build_data(config.data)
+  _check_vocabulary(config, data)
+  mesh = make_mesh(config.mesh)
+  with use(mesh, config.sharding), StopSignal() as stop:
+    trainer = _Trainer(config, Path(model_dir), data, mesh, display)
+    return trainer.run(stop)
+
+
+class _Trainer:
+  """One run, with everything it holds open."""
+
+  def __init__(
+    self, config: RunConfig, model_dir: Path, data: Data, mesh: Any, display: Display
+  ) -> None:
+    self._config = config
+    self._loop = config.loop
+    self._model_dir = model_dir
+    self._display = display
+    self._mesh = mesh
+    self._model = ExitLM(config.model)
+    self._schedule = learning_rate_schedule(config.optimizer, train_steps=self._loop.train_steps)
+    self._optimizer = make_optimizer(config.optimizer, self._schedule)
+    self._data = data
+    shard = Shard(jax.process_index(), jax.process_count())
+    self._loader = data.train_loader(shard)
+    self._eval_loader = data.eval_loader(shard, max_rows=self._loop.eval_rows)
+    step_fn = make_train_step(
+      self._model,
+      self._optimizer,
+      objective=config.objective,
+      schedule=self._schedule,
+      accumulation_steps=self._loop.accumulation_steps,
+    )
+    self._step_fn = step_fn
+    self._step = jax.jit(step_fn, donate_argnums=0)
+    self._score = jax.jit(make_score_fn(self._model, config.objective))
+    self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
+    self._scores: tuple[ExitScore, ...] = ()
+    self._scored_step = -1
+
+  def run(self, stop: StopSignal) -> TrainResult:
+    state, first_step = self._start()
+    if jax.process_index() == 0:
+      write_model(self._model_dir, self._config.model, self._data.tokenizer)
+    with self._manager, _metrics_writer(self._model_dir, first_step) as writer:
+      self._display.begin(
+        step=first_step,
+        train_steps=self._loop.train_steps,
+        depth_names=self._model.config.depth_names,
+      )
+      try:
+        state, step = self._steps(state, first_step, writer, stop)
+      finally:
+        self._display.end()
+      finished = step >= self._loop.train_steps
+      if finished and self._scored_step != step:
+        self._evaluate(state, step, writer)
+      if self._manager.latest_step() != step:
+        self._save(state, step)
+    return TrainResult(step=step, finished=finished, scores=self._scores, params=state.params)
+
+  def _start(self) -> tuple[TrainState, int]:
+    """State and step to go on from: see the restore order of `train`."""
+    latest = self._manager.latest_step()
+    rules = self._config.sharding
+    if latest is not None:
+      self._check_model_dir()
+      abstract = abstract_state(self._model, self._optimizer, self._mesh, rules)
+      restored = self._manager.restore(abstract)
+      self._loader.set_state(dict(restored.extras['data']))
+      self._display.message(f'resuming from step {latest} in {self._model_dir}')
+      return restored.state, latest
+    key = jax.random.key(self._loop.seed)
+    state = init_state(self._model, self._optimizer, key, self._mesh, rules)
+    if self._loop.initial_checkpoint:
+      source = load_model(self._loop.initial_checkpoint, mesh=self._mesh, rules=rules)
+      same = jax.tree.map(np.shape, source.params) == jax.tree.map(np.shape, state.params)
+      if not same:
+        raise UserError(
+          f'initial_checkpoint={self._loop.initial_checkpoint} holds a model of another shape: '
+          'use its ModelConfig, or train from scratch'
+        )
+      state = state.replace(params=source.params)
+    return state, 0
+
+  def _check_model_dir(self) -> None:
+    # Before reading arrays, so that a changed configuration is named by its field.
+    write_model(self._model_dir, self._config.model, self._data.tokenizer)
+
+  def _steps(
+    self, state: TrainState, step: int, writer: MetricsWriter, stop: StopSignal
+  ) -> tuple[TrainState, int]:
+    loop = self._loop
+    throughput: Throughput | None = None
+    pending: list[StepMetrics] = []
+    timed = 0
+    while step < loop.train_steps and not stop.requested:
+      self._profile(step)
+      batch = shard_batch(next(self._loader), self._mesh, self._config.sharding)
+      if throughput is None:
+        throughput = self._throughput(state, batch)
+      state, metrics = self._step(state, batch)
+      step += 1
+      timed += 1
+      pending.append(metrics)
+      if len(pending) == 1 and timed == 1:
+        jax.block_until_ready(metrics)
+        throughput.restart()  # The first step was mostly compilation.
+        timed = 0
+      self._display.advance(step)
+      last = step == loop.train_steps
+      save = step % loop.checkpoint_period == 0 or last
+      evaluate = (loop.eval_period and step % loop.eval_period == 0) or last
+      if step % loop.log_period == 0 or save or evaluate:
+        self._report(pending, step, throughput.lap(timed) if timed else {}, writer)
+        pending, timed = [], 0
+      if evaluate:
+        self._evaluate(state, step, writer)
+      if save:
+        self._save(state, step)
+      if evaluate or save:
+        throughput.restart()
+    if pending:
+      self._report(pending, step, throughput.lap(timed) if throughput and timed else {}, writer)
+    return state, step
+
+  def _report(
+    self,
+    pending: list[StepMetrics],
+    step: int,
+    speed: Mapping[str, float],
+    writer: MetricsWriter,
+  ) -> None:
+    """Writes the mean of the steps since the last report; stops if one of them diverged."""
+    fetched = jax.device_get(pending)
+    for offset, metrics in enumerate(fetched, start=step - len(fetched) + 1):
+      self._check_finite(offset, metrics)
+    sums = add_sums(metrics.sums for metrics in fetched)
+    scores = exit_scores(self._model, sums, bytes_per_token=self._data.stats.train.bytes_per_target)
+    values = _score_metrics('train', scores)
+    values['train/loss'] = float(np.mean([m.loss for m in fetched]))
+    values['gradient_norm'] = float(fetched[-1].gradient_norm)
+    values['learning_rate'] = float(fetched[-1].learning_rate)
+    for name, weight in zip(self._model.config.depth_names, fetched[-1].exit_weights, strict=True):
+      values[f'exit_weight/{name}'] = float(weight)
+    values.update(speed)
+    writer.write(step, values)
+    self._display.update(step, values)
+
+  def _check_finite(self, step: int, metrics: StepMetrics) -> None:
+    nll = float(metrics.sums.exits.nll[-1] / max(metrics.sums.tokens, 1))
+    limit = self._loop.max_loss_ratio * math.log(self._model.config.vocab_size)
+    healthy = np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm) and nll <= limit
+    if healthy:
+      return
+    self._manager.wait()
+    good = self._manager.latest_step()
+    where = (
+      'no checkpoint was written yet' if good is None else f'last good checkpoint: step {good}'
+    )
+    raise DivergenceError(
+      f'training diverged at step {step}: loss {float(metrics.loss):.4g}, final layer {nll:.4g} '
+      f'(limit {limit:.4g}), gradient norm {float(metrics.gradient_norm):.4g}; {where} in '
+      f'{self._manager.directory}: lower learning_rate, lengthen warmup_steps or lower clip_norm'
+    )
+
+  def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> None:
+    batches = (shard_batch(batch, self._mesh, self._config.sharding) for batch in self._eval_loader)
+    sums = add_sums(jax.device_get(self._score(state.params, batch)) for batch in batches)
+    self._scores = exit_scores(
+      self._model, sums, bytes_per_token=self._data.stats.held_out.bytes_per_target
+    )
+    self._scored_step = step
+    writer.write(step, _score_metrics('held_out', self._scores))
+    losses = '  '.join(f'{s.name} {s.nll:.3f} ({s.bits_per_byte:.3f} bpb)' for s in self._scores)
+    self._display.message(f'held-out at step {step}: {losses}')
+
+  def _save(self, state: TrainState, step: int) -> None:
+    extras = {'data': self._loader.get_state(), 'data_digest': self._data.digest}
+    # Scores of another step would mislead the choice of the best checkpoints.
+    scores = self._scores if self._scored_step == step else ()
+    metrics = _score_metrics('held_out', scores)
+    self._manager.save(step, state, extras=extras, metrics=metrics)
+
+  def _throughput(self, state: TrainState, batch: Any) -> Throughput:
+    flops = count_flops(self._step_fn, state, batch).flops
+    tokens = self._config.data.batch_size * self._config.data.length
+    peak = total_peak_flops(self._model.config.precision)
+    return Throughput(tokens_per_step=tokens, flops_per_step=flops, peak=peak)
+
+  def _profile(self, step: int) -> None:
+    start, length = self._loop.profile_start, self._loop.profile_steps
+    if length and step == start:
+      jax.profiler.start_trace(str(self._model_dir / 'profile'))
+    elif length and step == start + length:
+      jax.profiler.stop_trace()
+      self._display.message(f'profile written to {self._model_dir / "profile"}')
+
+
+def _score_metrics(prefix: str, scores: tuple[ExitScore, ...]) -> dict[str, float]:
+  fields: dict[str, Callable[[ExitScore], float]] = {
+    'nll': lambda s: s.nll,
+    'bits_per_byte': lambda s: s.bits_per_byte,
+    'accuracy': lambda s: s.accuracy,
+  }
+  return {
+    f'{prefix}/{score.name}/{field}': read(score)
+    for score in scores
+    for field, read in fields.items()
+  }
+
+
+class _NoMetrics:
+  """For processes other than the first."""
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+  def __enter__(self) -> _NoMetrics:
+    return self
+
+  def __exit__(self, *args: object) -> None:
+    pass
+
+
+def _metrics_writer(model_dir: Path, resumed_step: int) -> FileMetricsWriter | _NoMetrics:
+  if jax.process_index():
+    return _NoMetrics()
+  return FileMetricsWriter(model_dir, resumed_step=resumed_step)
+
+
+def _check_vocabulary(config: RunConfig, data: Data) -> None:
+  if data.tokenizer.vocab_size > config.model.vocab_size:
+    raise UserError(
+      f'the tokenizer has {data.tokenizer.vocab_size} ids, vocab_size={config.model.vocab_size} '
+      'has no room for them: raise ModelConfig.vocab_size'
+    )
