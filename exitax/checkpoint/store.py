@@ -37,7 +37,7 @@ def save_arrays(folder: Path, *, leaves: Mapping[str, Any]) -> Callable[[], None
   if not trees:
     return lambda: None
   with _context():
-    response = ocp.save_checkpointables_async(folder, trees)
+    response = ocp.save_checkpointables_async(str(folder), trees)
   return response.result
 
 
@@ -56,7 +56,7 @@ def load_arrays(folder: Path, *, abstract_leaves: Mapping[str, Any]) -> dict[str
   if not wanted:
     return leaves
   with _context():
-    loaded = ocp.load_checkpointables(folder, wanted)
+    loaded = ocp.load_checkpointables(str(folder), wanted)
   for name, tree in loaded.items():
     prefix = '' if name == _LOOSE + _SUFFIX else name.removesuffix(_SUFFIX) + SEPARATOR
     leaves.update({prefix + path: leaf for path, leaf in named_leaves(tree).items()})
@@ -70,19 +70,15 @@ def is_needed_for(name: str, *, paths: Iterable[str]) -> bool:
 
 
 def _context() -> ocp.Context:
-  saving = ocp.options.ArrayOptions.Saving(
-    # Weights hardly compress, and the processors are busy with training.
-    use_compression=False,
-    ocdbt_target_data_file_size=_DATA_FILE_BYTES,
-  )
-  loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-  return ocp.Context(
-    array_options=ocp.options.ArrayOptions(saving=saving),
-    # With directories made in the background, an error in `save` leaves threads that wait for them
-    # for minutes, and the process cannot end.
-    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-    pytree_options=ocp.options.PyTreeOptions(loading=loading),
-  )
+  context = ocp.Context()
+  # Weights hardly compress, and the processors are busy with training.
+  context.array.saving.use_compression = False
+  context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
+  # With directories made in the background, an error in `save` leaves threads that wait for them
+  # for minutes, and the process cannot end.
+  context.asynchronous.create_directories_asynchronously = False
+  context.pytree.loading.partial_load = True
+  return context
 
 
 def _group_of(path: str) -> str:
