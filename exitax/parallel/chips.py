@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,16 @@ def find_chip(device_kind: str) -> Chip | None:
   return max(fits, key=lambda fit: fit[0])[1] if fits else None
 
 
-def peak_flops(device: jax.Device) -> float | None:
+class HasDeviceKind(Protocol):
+  """A `jax.Device`, or a device of a topology that is not here."""
+
+  @property
+  def device_kind(self) -> str:
+    """Name of the hardware."""
+    ...
+
+
+def peak_flops(device: HasDeviceKind) -> float | None:
   """Dense bf16 peak of the device in flop/s; None if unknown, then measure."""
   chip = find_chip(device.device_kind)
   return chip.bf16_flops if chip else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -68,8 +69,10 @@ class MeshConfig:
     return ' x '.join(f'{axis}={size}' for axis, size in self.sizes.items())
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh of all `devices` (default: every device of every process), axes of type Auto.
+
+  Devices of a topology description (ahead-of-time compilation) serve as well.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
