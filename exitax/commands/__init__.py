@@ -1,0 +1,1 @@
+"""One thin launcher per command: flags, gin, printing. The only folder that knows gin."""

@@ -1,0 +1,69 @@
+"""Flags that commands share, and what they do before anything else runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import jax
+
+from exitax.commands import gin_config
+from exitax.data import cache_root
+
+
+def add_gin_flags(parser: argparse.ArgumentParser) -> None:
+  """T5X's flags for gin; `--gin.NAME=VALUE` is taken out before parsing."""
+  group = parser.add_argument_group(
+    'gin', '--gin.NAME=VALUE binds a parameter or a macro (strings in quotes); it may be repeated'
+  )
+  group.add_argument(
+    '--gin_file',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='a gin file, such as gin/runs/quickstart.gin; repeatable, later ones win',
+  )
+  group.add_argument(
+    '--gin_search_paths',
+    default='',
+    metavar='DIRS',
+    help='comma-separated folders to look for gin files in, before gin/',
+  )
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+  """How many devices an emulated mesh has."""
+  parser.add_argument(
+    '--emulate_devices',
+    type=int,
+    default=0,
+    metavar='N',
+    help='split the CPU into N devices, to try a mesh on a laptop',
+  )
+
+
+def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
+  """The directory of a model."""
+  parser.add_argument('--model_dir', metavar='DIR', help=purpose)
+
+
+def parse_gin(flags: argparse.Namespace, *, text: str = '') -> None:
+  """Reads the gin files and bindings of a command line, after `text`.
+
+  `--model_dir=DIR` is short for `--gin.MODEL_DIR="'DIR'"`.
+  """
+  bindings = list(flags.gin_bindings)
+  if getattr(flags, 'model_dir', None) and not text:
+    bindings.insert(0, f'MODEL_DIR = {flags.model_dir!r}')
+  paths = [path for path in flags.gin_search_paths.split(',') if path]
+  gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text)
+
+
+def start_jax(flags: argparse.Namespace) -> None:
+  """Sets devices and the compile cache; must come before the first array is made."""
+  if getattr(flags, 'emulate_devices', 0):
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', flags.emulate_devices)
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(cache_root(None) / 'jax'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -1,0 +1,216 @@
+"""gin at the edge: which classes files may configure, how files are found, what is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.util  # noqa: F401  (gin's search path needs it imported)
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gin
+
+from exitax import checkpoint, data, evaluate, layers, models, objectives, parallel, training
+from exitax.errors import UserError
+
+Built = TypeVar('Built')
+
+_MACRO = 'gin.macro'
+
+CONFIGURABLE_CLASSES: tuple[type, ...] = (
+  models.ModelConfig,
+  models.ExitConfig,
+  layers.RopeConfig,
+  objectives.ObjectiveConfig,
+  objectives.ExitWeight,
+  data.DataConfig,
+  data.SplitConfig,
+  data.BpeVocabulary,
+  data.ByteVocabulary,
+  data.SavedVocabulary,
+  data.Task,
+  data.Mixture,
+  data.WeightedTask,
+  data.PythonLibrarySource,
+  data.TextSource,
+  data.JsonlSource,
+  data.TfdsSource,
+  parallel.MeshConfig,
+  parallel.ShardingRules,
+  checkpoint.CheckpointConfig,
+  training.OptimizerConfig,
+  training.LoopConfig,
+  training.RunConfig,
+  evaluate.EvaluateConfig,
+)
+
+
+def exits(layers: Sequence[int], *, head: str = 'norm', matrix: str = 'final') -> tuple[Any, ...]:
+  """Exits of one kind after each of `layers`: the short way to write `ModelConfig.exits`."""
+  return tuple(models.ExitConfig(layer=n, head=head, matrix=matrix) for n in layers)
+
+
+def exit_weights(
+  start: Sequence[float],
+  *,
+  end: Sequence[float] | None = None,
+  steps: int = 0,
+  curve: str = 'constant',
+) -> tuple[Any, ...]:
+  """One weight per exit, all on the same curve: for `ObjectiveConfig.exit_weights`.
+
+  Raises:
+    UserError: `start` and `end` are not of the same length.
+  """
+  ends = tuple(end) if end is not None else tuple(start)
+  if len(ends) != len(start):
+    raise UserError(f'exit_weights: {len(start)} start and {len(ends)} end weights: give as many')
+  return tuple(
+    objectives.ExitWeight(start=first, end=last, steps=steps, curve=curve)
+    for first, last in zip(start, ends, strict=True)
+  )
+
+
+def feature_length(lengths: Mapping[str, int]) -> int:
+  """Row length from T5X's TASK_FEATURE_LENGTHS: its 'targets' entry.
+
+  Raises:
+    UserError: no such entry.
+  """
+  if 'targets' not in lengths:
+    raise UserError(f"TASK_FEATURE_LENGTHS={dict(lengths)} lacks 'targets', the length of a row")
+  return int(lengths['targets'])
+
+
+@functools.cache
+def register() -> None:
+  """Makes classes and helpers known to gin, once."""
+  for kind in CONFIGURABLE_CLASSES:
+    gin.external_configurable(kind, module='exitax')
+  for helper in (exits, exit_weights, feature_length):
+    gin.external_configurable(helper, module='exitax')
+  gin.config.register_finalize_hook(_check_macros)
+
+
+def search_paths(extra: Iterable[str]) -> list[str]:
+  """Where gin files are looked for: the given folders, here, the checkout, the installation."""
+  checkout = Path(__file__).resolve().parents[2]
+  installed = Path(sysconfig.get_path('data')) / 'share' / 'exitax'
+  places = [Path(), checkout, checkout / 'gin', installed, installed / 'gin']
+  return [*extra, *(str(place) for place in places)]
+
+
+def parse(
+  files: Sequence[str], bindings: Sequence[str], *, extra_paths: Sequence[str] = (), text: str = ''
+) -> None:
+  """Reads `text`, then files, then bindings; later ones win.
+
+  Raises:
+    UserError: a file that is not there, a name that nothing has, a macro that nothing uses, a
+      value that is not written in Python.
+  """
+  register()
+  gin.clear_config()
+  paths = search_paths(extra_paths)
+  for path in paths:
+    gin.add_config_file_search_path(path)
+  for file in files:
+    _check_found(file, paths)
+  with gin.unlock_config():
+    try:
+      if text:
+        gin.parse_config(text)
+      for file in files:
+        gin.parse_config_file(file, print_includes_and_imports=False)
+      for binding in bindings:
+        gin.parse_config(binding)
+    except (ValueError, TypeError, SyntaxError, OSError, AttributeError) as error:
+      raise _translate(error, bindings) from None
+  try:
+    gin.finalize()
+  except ValueError as error:
+    raise _translate(error, bindings) from None
+
+
+def build(kind: Callable[..., Built]) -> Built:
+  """Calls a configurable with what the files bind.
+
+  Raises:
+    UserError: a required value is missing, or a value is out of range.
+  """
+  try:
+    return gin.get_configurable(kind)()
+  except UserError:
+    raise
+  except (RuntimeError, TypeError, ValueError) as error:
+    raise _translate(error, ()) from None
+
+
+def _check_found(file: str, paths: Iterable[str]) -> None:
+  if not any((Path(path) / file).is_file() for path in paths):
+    raise UserError(
+      f'--gin_file={file} is not there: name a file, or one below gin/ such as runs/quickstart.gin'
+    )
+
+
+def _check_macros(config: Mapping[tuple[str, str], Any]) -> None:
+  assigned = {scope for scope, selector in config if selector == _MACRO}
+  references = (ref.config_key for ref in gin.config.iterate_references(config))
+  used = {scope for scope, selector in references if selector == _MACRO}
+  for name in sorted(assigned - used):
+    raise UserError(f'macro {name} is set but nothing uses it{_close(name, used)}')
+  for name in sorted(used - assigned):
+    raise UserError(f'macro {name} is used but never set: {_how_to_set(name)}')
+
+
+def _translate(error: Exception, bindings: Sequence[str]) -> UserError:
+  """gin's message as one line with the fix."""
+  if isinstance(error, UserError):
+    return UserError(str(error).strip().splitlines()[0])
+  lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+  message = lines[0] if lines else type(error).__name__
+  if match := re.search(r"'([\w.]+)' doesn't have a parameter named '(\w+)'", message):
+    kind, name = match.groups()
+    return UserError(f'{kind} has no parameter {name}{_close(name, _parameters(kind))}')
+  if match := re.search(r"No configurable matching '([^']+)'", message):
+    name = match.group(1)
+    known = [kind.__name__ for kind in CONFIGURABLE_CLASSES]
+    return UserError(f'nothing called {name} can be configured{_close(name, known)}')
+  if match := re.search(
+    r'Required bindings for `?([\w.]+)`? not provided in config: (.*)', message
+  ):
+    return UserError(f'{match.group(1)} needs {match.group(2)}: bind it in a gin file or a flag')
+  if match := re.search(r'No values supplied .*arguments: (.*?)\.?$', message):
+    return UserError(f'a required value is missing, {match.group(1)}: bind it in a gin file')
+  if match := re.search(r'(\w+)\.__init__\(\) missing .* arguments?: (.*)', message):
+    return UserError(f'{match.group(1)} needs {match.group(2)}: name a run file with --gin_file')
+  if match := re.search(r'(\w+)/macro.value set to .%gin.REQUIRED', message):
+    return UserError(f'{match.group(1)} is required: {_how_to_set(match.group(1))}')
+  if 'malformed node' in message:
+    where = f'{bindings[-1]!r}' if bindings else lines[-1]
+    return UserError(f'{where}: the value is not Python; strings need quotes, names an @ or a %')
+  where = f' in {bindings[-1]!r}' if isinstance(error, SyntaxError) and bindings else ''
+  return UserError(f'configuration{where}: {message}')
+
+
+def _how_to_set(macro: str) -> str:
+  return 'add --model_dir=DIR' if macro == 'MODEL_DIR' else f'add --gin.{macro}=VALUE'
+
+
+def _parameters(kind: str) -> list[str]:
+  for candidate in CONFIGURABLE_CLASSES:
+    if candidate.__name__ == kind.rsplit('.', 1)[-1] and dataclasses.is_dataclass(candidate):
+      return [field.name for field in dataclasses.fields(candidate)]
+  return []
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+  known = sorted(known)
+  matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  if matches:
+    return f': did you mean {matches[0]}?'
+  return f': known are {", ".join(known)}' if known else ''
