@@ -77,7 +77,8 @@ def init_sharded(
   # The key travels as NumPy data: a key on one device is no valid input to a mesh that spans
   # processes, equal host values on every process are.
   with jax.threefry_partitionable(True):
-    return jax.jit(init, out_shardings=shardings)(np.asarray(jax.random.key_data(key)))
+    program = jax.jit(init, out_shardings=shardings, compiler_options=_quick_to_compile(mesh))
+    return program(np.asarray(jax.random.key_data(key)))
 
 
 def shardings_like(state_shape: PyTree, params_shape: PyTree, params_shardings: PyTree) -> PyTree:
@@ -124,6 +125,12 @@ def shard_batch(batch: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def _quick_to_compile(mesh: Mesh) -> dict[str, int]:
+  """Options for a program that runs once: on CPU, 3 to 4 times less time in LLVM, as fast a run."""
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return {'xla_backend_optimization_level': 1} if on_cpu else {}
 
 
 def _shard_rows(rows: np.ndarray, mesh: Mesh, rules: ShardingRules) -> jax.Array:
