@@ -28,9 +28,44 @@ def dot_product_attention(
   num_kv_heads = key.shape[-2]
   wide = jnp.promote_types(query.dtype, jnp.float32)
   grouped = query.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-  scaled = grouped * jnp.asarray(head_dim**-0.5, grouped.dtype)
-  logits = jnp.einsum('bqkgd,bskd->bkgqs', scaled, key, preferred_element_type=wide)
-  logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
+  logits = jnp.einsum('bqkgd,bskd->bkgqs', grouped, key, preferred_element_type=wide)
+  # Scaled after the product: in bfloat16 the factor itself would be off by up to 0.4 %.
+  logits = jnp.where(mask[:, None, None], logits * head_dim**-0.5, MASKED_LOGIT)
   weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   mixed = jnp.einsum('bkgqs,bskd->bqkgd', weights, value, preferred_element_type=wide)
+  return mixed.reshape(query.shape).astype(query.dtype)
+
+
+def cached_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """`dot_product_attention` over head-major keys, as a decoding cache keeps them.
+
+  With heads before keys both products are matrix products over the cache as it lies; key-major
+  caches are transposed by XLA on the CPU, one copy of the whole cache per layer and step.
+
+  Args:
+    query: `[rows, lanes, num_heads, head_dim]`.
+    key: `[rows, num_kv_heads, keys, head_dim]`.
+    value: like `key`.
+    mask: bool `[rows, lanes, keys]`; True where the query sees the key.
+
+  Returns:
+    `[rows, lanes, num_heads, head_dim]` in the dtype of `query`.
+  """
+  rows, lanes, num_heads, head_dim = query.shape
+  num_kv_heads, num_keys = key.shape[1:3]
+  group = num_heads // num_kv_heads
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
+  grouped = scaled.reshape(rows, lanes, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+  folded = grouped.reshape(rows, num_kv_heads, group * lanes, head_dim)
+  batch = ((0, 1), (0, 1))
+  logits = jax.lax.dot_general(folded, key, (((3,), (3,)), batch), preferred_element_type=wide)
+  logits = logits.reshape(rows, num_kv_heads, group, lanes, num_keys)
+  logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  weights = weights.reshape(rows, num_kv_heads, group * lanes, num_keys)
+  mixed = jax.lax.dot_general(weights, value, (((3,), (2,)), batch), preferred_element_type=wide)
+  mixed = mixed.reshape(rows, num_kv_heads, group, lanes, head_dim).transpose(0, 3, 1, 2, 4)
   return mixed.reshape(query.shape).astype(query.dtype)

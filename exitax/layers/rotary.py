@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from exitax.errors import choose
+from exitax.errors import UserError, choose
 
 
 class RopeScaling(enum.Enum):
@@ -36,6 +36,9 @@ class RopeConfig:
     high_frequency_factor: LLAMA3: wavelengths below `original_length / this` stay.
     beta_fast: YARN: rotations over `original_length` above which a frequency stays.
     beta_slow: YARN: rotations below which a frequency is divided by `factor`.
+
+  Raises:
+    UserError: an unknown scaling, or a number that gives no frequencies.
   """
 
   theta: float = 10_000.0
@@ -50,6 +53,19 @@ class RopeConfig:
   def __post_init__(self) -> None:
     scaling = choose(RopeScaling, self.scaling, name='RopeConfig.scaling')
     object.__setattr__(self, 'scaling', scaling)
+    if self.theta <= 1:
+      raise UserError(f'rope theta={self.theta} must be above 1')
+    if self.factor <= 0 or self.original_length < 1:
+      raise UserError(
+        f'rope factor={self.factor} and original_length={self.original_length} must be positive'
+      )
+    if (
+      self.scaling is RopeScaling.LLAMA3 and self.high_frequency_factor <= self.low_frequency_factor
+    ):
+      raise UserError(
+        f'rope high_frequency_factor={self.high_frequency_factor} must exceed '
+        f'low_frequency_factor={self.low_frequency_factor}'
+      )
 
 
 @struct.dataclass
@@ -57,7 +73,7 @@ class Rotary:
   """Angles of one set of positions, made once and used by every layer.
 
   Attributes:
-    cos: f32 `[..., head_dim / 2]`, leading dimensions as the positions.
+    cos: f32 (f64 under `jax_enable_x64`) `[..., head_dim / 2]`, leading dimensions as the positions.
     sin: likewise.
   """
 
@@ -89,8 +105,10 @@ def attention_temperature(config: RopeConfig) -> float:
 
 def make_rotary(config: RopeConfig, head_dim: int, positions: jax.Array) -> Rotary:
   """Angles for `positions` (i32, any shape): `Rotary` with arrays `[*positions.shape, head_dim/2]`."""
-  frequency = jnp.asarray(inverse_frequencies(config, head_dim), jnp.float32)
-  angle = positions.astype(jnp.float32)[..., None] * frequency
+  # The widest float there is: float32, but float64 for oracles.
+  wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+  frequency = jnp.asarray(inverse_frequencies(config, head_dim), wide)
+  angle = positions.astype(wide)[..., None] * frequency
   temperature = attention_temperature(config)
   return Rotary(cos=jnp.cos(angle) * temperature, sin=jnp.sin(angle) * temperature)
 
