@@ -5,6 +5,9 @@ from exitax.training.config import BEST_METRIC, LoopConfig, RunConfig
 
 # What a person sees.
 from exitax.training.display import ConsoleDisplay, Display, QuietDisplay
+
+# Errors.
+from exitax.training.health import DivergenceError
 from exitax.training.metrics import read_metrics
 from exitax.training.optimizer import (
   Decay,
@@ -18,7 +21,7 @@ from exitax.training.state import TrainState, abstract_state, init_state, state_
 from exitax.training.step import StepMetrics, make_train_step
 
 # The loop.
-from exitax.training.trainer import DivergenceError, TrainResult, train
+from exitax.training.trainer import TrainResult, train
 
 __all__ = [
   'BEST_METRIC',

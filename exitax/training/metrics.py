@@ -44,7 +44,7 @@ class FileMetricsWriter:
     directory.mkdir(parents=True, exist_ok=True)
     self._path = directory / METRICS_FILE
     _drop_lines_after(self._path, resumed_step)
-    self._file = open(self._path, 'a', encoding='utf-8')
+    self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115  (`close` closes it)
     self._events = tensorboardX.SummaryWriter(
       str(directory / TENSORBOARD_FOLDER), purge_step=resumed_step + 1
     )

@@ -13,23 +13,21 @@ import jax
 import numpy as np
 
 from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, write_model
-from exitax.data import Data, Shard, build_data
+from exitax.data import Data, Shard, build_data, check_tokenizer
 from exitax.errors import UserError
 from exitax.models import ExitLM
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import count_flops, make_mesh, shard_batch, use
 from exitax.training.config import RunConfig
 from exitax.training.display import Display, QuietDisplay
+from exitax.training.health import DivergenceError, HealthBounds
 from exitax.training.interrupt import StopSignal
 from exitax.training.metrics import FileMetricsWriter, MetricsWriter
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
+from exitax.training.profiler import ProfilerWindow
 from exitax.training.state import TrainState, abstract_state, init_state
 from exitax.training.step import StepMetrics, make_train_step
 from exitax.training.throughput import Throughput, total_peak_flops
-
-
-class DivergenceError(UserError):
-  """The loss left the numbers that training can recover from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,10 +100,19 @@ class _Trainer:
     )
     self._step_fn = step_fn
     self._step = jax.jit(step_fn, donate_argnums=0)
-    self._score = jax.jit(make_score_fn(self._model, config.objective))
+    self._score = jax.jit(
+      make_score_fn(self._model, chunk_length=config.objective.chunk_length)
+    )
     self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
+    self._bounds = HealthBounds(
+      max_nll=self._loop.max_loss_ratio * math.log(config.model.vocab_size)
+    )
+    self._profiler = ProfilerWindow(
+      model_dir, start=self._loop.profile_start, num_steps=self._loop.profile_steps
+    )
     self._scores: tuple[ExitScore, ...] = ()
     self._scored_step = -1
+    self._saved_step = -1
 
   def run(self, stop: StopSignal) -> TrainResult:
     state, first_step = self._start()
@@ -120,11 +127,13 @@ class _Trainer:
       try:
         state, step = self._steps(state, first_step, writer, stop)
       finally:
+        self._profiler.close()
         self._display.end()
       finished = step >= self._loop.train_steps
       if finished and self._scored_step != step:
-        self._evaluate(state, step, writer)
-      if self._manager.latest_step() != step:
+        # The run was over before: its file of metrics has these numbers already.
+        self._evaluate(state, step, _NoMetrics())
+      if self._saved_step != step:
         self._save(state, step)
     return TrainResult(step=step, finished=finished, scores=self._scores, params=state.params)
 
@@ -137,12 +146,18 @@ class _Trainer:
       abstract = abstract_state(self._model, self._optimizer, self._mesh, rules)
       restored = self._manager.restore(abstract)
       self._loader.set_state(dict(restored.extras['data']))
+      self._saved_step = latest
       self._display.message(f'resuming from step {latest} in {self._model_dir}')
       return restored.state, latest
     key = jax.random.key(self._loop.seed)
     state = init_state(self._model, self._optimizer, key, self._mesh, rules)
     if self._loop.initial_checkpoint:
       source = load_model(self._loop.initial_checkpoint, mesh=self._mesh, rules=rules)
+      check_tokenizer(
+        self._data.tokenizer,
+        expected_digest=source.tokenizer.digest,
+        where=self._loop.initial_checkpoint,
+      )
       same = jax.tree.map(np.shape, source.params) == jax.tree.map(np.shape, state.params)
       if not same:
         raise UserError(
@@ -163,19 +178,22 @@ class _Trainer:
     throughput: Throughput | None = None
     pending: list[StepMetrics] = []
     timed = 0
+    batch: Any = None
     while step < loop.train_steps and not stop.requested:
-      self._profile(step)
       batch = shard_batch(next(self._loader), self._mesh, self._config.sharding)
+      self._profiler.before(step)
       if throughput is None:
         throughput = self._throughput(state, batch)
-      state, metrics = self._step(state, batch)
-      step += 1
-      timed += 1
-      pending.append(metrics)
-      if len(pending) == 1 and timed == 1:
+        state, metrics = self._step(state, batch)
         jax.block_until_ready(metrics)
         throughput.restart()  # The first step was mostly compilation.
-        timed = 0
+      else:
+        state, metrics = self._step(state, batch)
+        timed += 1
+      step += 1
+      pending.append(metrics)
+      if self._profiler.after(step, metrics):
+        self._display.message(f'profile written to {self._profiler.directory}')
       self._display.advance(step)
       last = step == loop.train_steps
       save = step % loop.checkpoint_period == 0 or last
@@ -183,6 +201,8 @@ class _Trainer:
       if step % loop.log_period == 0 or save or evaluate:
         self._report(pending, step, throughput.lap(timed) if timed else {}, writer)
         pending, timed = [], 0
+      if evaluate or save:
+        self._check_parameters(state, step, batch)
       if evaluate:
         self._evaluate(state, step, writer)
       if save:
@@ -191,6 +211,7 @@ class _Trainer:
         throughput.restart()
     if pending:
       self._report(pending, step, throughput.lap(timed) if throughput and timed else {}, writer)
+      self._check_parameters(state, step, batch)
     return state, step
 
   def _report(
@@ -203,7 +224,7 @@ class _Trainer:
     """Writes the mean of the steps since the last report; stops if one of them diverged."""
     fetched = jax.device_get(pending)
     for offset, metrics in enumerate(fetched, start=step - len(fetched) + 1):
-      self._check_finite(offset, metrics)
+      self._stop_if(self._bounds.problem_in_step(metrics), offset)
     sums = add_sums(metrics.sums for metrics in fetched)
     scores = exit_scores(self._model, sums, bytes_per_token=self._data.stats.train.bytes_per_target)
     values = _score_metrics('train', scores)
@@ -216,11 +237,13 @@ class _Trainer:
     writer.write(step, values)
     self._display.update(step, values)
 
-  def _check_finite(self, step: int, metrics: StepMetrics) -> None:
-    nll = float(metrics.sums.exits.nll[-1] / max(metrics.sums.tokens, 1))
-    limit = self._loop.max_loss_ratio * math.log(self._model.config.vocab_size)
-    healthy = np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm) and nll <= limit
-    if healthy:
+  def _check_parameters(self, state: TrainState, step: int, batch: Any) -> None:
+    """Stops before parameters are saved that the step's own numbers, made before it, say nothing of."""
+    sums = jax.device_get(self._score(state.params, batch))
+    self._stop_if(self._bounds.problem_in_scores(sums), step)
+
+  def _stop_if(self, problem: str | None, step: int) -> None:
+    if problem is None:
       return
     self._manager.wait()
     good = self._manager.latest_step()
@@ -228,8 +251,7 @@ class _Trainer:
       'no checkpoint was written yet' if good is None else f'last good checkpoint: step {good}'
     )
     raise DivergenceError(
-      f'training diverged at step {step}: loss {float(metrics.loss):.4g}, final layer {nll:.4g} '
-      f'(limit {limit:.4g}), gradient norm {float(metrics.gradient_norm):.4g}; {where} in '
+      f'training diverged at step {step}: {problem}; {where} in '
       f'{self._manager.directory}: lower learning_rate, lengthen warmup_steps or lower clip_norm'
     )
 
@@ -250,20 +272,13 @@ class _Trainer:
     scores = self._scores if self._scored_step == step else ()
     metrics = _score_metrics('held_out', scores)
     self._manager.save(step, state, extras=extras, metrics=metrics)
+    self._saved_step = step
 
   def _throughput(self, state: TrainState, batch: Any) -> Throughput:
     flops = count_flops(self._step_fn, state, batch).flops
     tokens = self._config.data.batch_size * self._config.data.length
     peak = total_peak_flops(self._model.config.precision)
     return Throughput(tokens_per_step=tokens, flops_per_step=flops, peak=peak)
-
-  def _profile(self, step: int) -> None:
-    start, length = self._loop.profile_start, self._loop.profile_steps
-    if length and step == start:
-      jax.profiler.start_trace(str(self._model_dir / 'profile'))
-    elif length and step == start + length:
-      jax.profiler.stop_trace()
-      self._display.message(f'profile written to {self._model_dir / "profile"}')
 
 
 def _score_metrics(prefix: str, scores: tuple[ExitScore, ...]) -> dict[str, float]:
