@@ -56,10 +56,12 @@ def write_model(
   """
   directory = Path(model_dir)
   content = {'format': FORMAT, 'model': config.to_dict(), 'tokenizer_digest': tokenizer.digest}
-  path = directory / MODEL_FILE
+  path, folder = directory / MODEL_FILE, directory / TOKENIZER_FOLDER
   if path.exists():
-    _check_same(directory, found=read_json(path), wanted=content)
-  tokenizer.save(directory / TOKENIZER_FOLDER)
+    _check_same(directory, found=_read_content(directory), wanted=content)
+  # model.json comes last, so a tokenizer beside one is whole: writing it again could only break it.
+  if not (path.exists() and folder.exists()):
+    tokenizer.save(folder)
   write_json_atomic(path, content)
 
 
@@ -70,11 +72,7 @@ def read_model(model_dir: str | os.PathLike[str]) -> tuple[ModelConfig, Tokenize
     UserError: a file is missing or damaged, or the tokenizer is not the one of training.
   """
   directory = Path(model_dir)
-  content = read_json(directory / MODEL_FILE)
-  if not isinstance(content, dict) or content.get('format') != FORMAT:
-    raise CheckpointError(
-      f'{directory / MODEL_FILE} is not a model file of format {FORMAT}: train again'
-    )
+  content = _read_content(directory)
   tokenizer = load_tokenizer(directory / TOKENIZER_FOLDER)
   check_tokenizer(tokenizer, expected_digest=content['tokenizer_digest'], where=str(directory))
   return ModelConfig.from_dict(content['model']), tokenizer
@@ -118,16 +116,31 @@ def load_model(
   )
 
 
+def _read_content(directory: Path) -> dict:
+  content = read_json(directory / MODEL_FILE)
+  known = (
+    isinstance(content, dict)
+    and content.get('format') == FORMAT
+    and isinstance(content.get('model'), dict)
+    and isinstance(content.get('tokenizer_digest'), str)
+  )
+  if not known:
+    raise CheckpointError(
+      f'{directory / MODEL_FILE} is not a model file of format {FORMAT}: train again'
+    )
+  return content
+
+
 def _check_same(directory: Path, *, found: dict, wanted: dict) -> None:
-  if found.get('tokenizer_digest') != wanted['tokenizer_digest']:
+  if found['tokenizer_digest'] != wanted['tokenizer_digest']:
     raise UserError(
       f'{directory} was made with another tokenizer '
-      f'({str(found.get("tokenizer_digest"))[:12]}, now {wanted["tokenizer_digest"][:12]}): '
+      f'({found["tokenizer_digest"][:12]}, now {wanted["tokenizer_digest"][:12]}): '
       'use the same data and vocabulary, or another model directory'
     )
   # Formats of the computation may change between runs; shapes may not.
   free = {'precision', 'remat', 'max_length'}
-  old, new = found.get('model', {}), wanted['model']
+  old, new = found['model'], wanted['model']
   for name in sorted(set(old) | set(new)):
     if name not in free and old.get(name) != new.get(name):
       raise UserError(

@@ -100,6 +100,10 @@ class ModelConfig:
     for name in ('vocab_size', 'num_layers', 'embed_dim', 'num_heads', 'mlp_dim', 'max_length'):
       if getattr(self, name) < 1:
         raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+    if not self.norm_epsilon >= 0 or not self.init_std >= 0:
+      raise UserError(
+        f'norm_epsilon={self.norm_epsilon} and init_std={self.init_std} must be 0 or more'
+      )
     if not self.num_kv_heads:
       object.__setattr__(self, 'num_kv_heads', self.num_heads)
     if not self.head_dim:
@@ -109,8 +113,10 @@ class ModelConfig:
           'choose a divisor or set head_dim'
         )
       object.__setattr__(self, 'head_dim', self.embed_dim // self.num_heads)
-    if self.head_dim % 2:
-      raise UserError(f'head_dim={self.head_dim} must be even: rotary turns pairs of channels')
+    if self.head_dim < 1 or self.head_dim % 2:
+      raise UserError(
+        f'head_dim={self.head_dim} must be even and positive: rotary turns pairs of channels'
+      )
     if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
       raise UserError(
         f'num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: '
