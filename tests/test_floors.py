@@ -31,6 +31,7 @@ FLOORS = {
   'evaluate': 5,
   'serve': 5,
   'convert': 5,
+  'language_model': 5,
   'commands': 6,
 }
 # The front door and `python -m exitax` stand outside the house and may enter by any floor.

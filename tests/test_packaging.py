@@ -20,7 +20,9 @@ from packaging.requirements import Requirement
 PAPERS = {'2312.04916', '2505.11107', '2506.15050', '2209.01188', '2312.08361'}
 # Split, so that this file does not hold what it looks for.
 FORBIDDEN = {
-  'a path of one machine': r'(?<![\w.])/(ro' + r'ot|wo' + r'rk|(home|Users)/(?!someone|you)\w+|opt)/',
+  'a path of one machine': r'(?<![\w.])/(ro'
+  + r'ot|wo'
+  + r'rk|(home|Users)/(?!someone|you)\w+|opt)/',
   'a package index address': r'https?://[\w.-]*(py'
   + r'pi|python'
   + r'hosted|files\.py|download\.py'
