@@ -9,6 +9,7 @@ import jax
 
 from exitax.commands import gin_config
 from exitax.data import cache_root
+from exitax.errors import UserError
 
 
 def add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +48,17 @@ def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
   parser.add_argument('--model_dir', metavar='DIR', help=purpose)
 
 
-def parse_gin(flags: argparse.Namespace, *, text: str = '') -> None:
-  """Reads the gin files and bindings of a command line, after `text`.
+def parse_gin(flags: argparse.Namespace, *, text: str = '', bind_model_dir: bool) -> None:
+  """Reads the gin files and bindings of a command line.
 
-  `--model_dir=DIR` is short for `--gin.MODEL_DIR="'DIR'"`.
+  Args:
+    flags: the parsed command line.
+    text: gin bindings that come before all others.
+    bind_model_dir: whether `--model_dir=DIR` stands for `--gin.MODEL_DIR="'DIR'"`, as in commands
+      that write there.
   """
   bindings = list(flags.gin_bindings)
-  if getattr(flags, 'model_dir', None) and not text:
+  if bind_model_dir and flags.model_dir:
     bindings.insert(0, f'MODEL_DIR = {flags.model_dir!r}')
   paths = [path for path in flags.gin_search_paths.split(',') if path]
   gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text)
@@ -62,8 +67,15 @@ def parse_gin(flags: argparse.Namespace, *, text: str = '') -> None:
 def start_jax(flags: argparse.Namespace) -> None:
   """Sets devices and the compile cache; must come before the first array is made."""
   if getattr(flags, 'emulate_devices', 0):
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', flags.emulate_devices)
+    _emulate(flags.emulate_devices)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(cache_root(None) / 'jax'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _emulate(num_devices: int) -> None:
+  if num_devices < 1:
+    raise UserError(f'--emulate_devices={num_devices} must be at least 1')
+  if jax.config.jax_num_cpu_devices != num_devices:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', num_devices)

@@ -39,14 +39,15 @@ def run(flags: argparse.Namespace) -> int:
   """Prints the table."""
   flag_groups.start_jax(flags)
   if flags.model_dir:
-    flag_groups.parse_gin(flags, text=' ')
+    flag_groups.parse_gin(flags, bind_model_dir=False)
     config, tokenizer = read_model(flags.model_dir)
     print(model_table(config, gin_config.build(MeshConfig), gin_config.build(ShardingRules)))
     print(f'tokenizer of {tokenizer.vocab_size} ids, digest {tokenizer.digest[:12]}')
     return 0
   if not flags.gin_file:
     raise UserError('inspect needs a model: --model_dir=DIR or --gin_file=gin/runs/quickstart.gin')
-  flag_groups.parse_gin(flags)
+  # Files of runs ask for a directory, which a table does not need.
+  flag_groups.parse_gin(flags, text="MODEL_DIR = 'unused'", bind_model_dir=False)
   model, mesh = gin_config.build(ModelConfig), gin_config.build(MeshConfig)
   print(model_table(model, mesh, gin_config.build(ShardingRules)))
   return 0

@@ -58,7 +58,7 @@ def run(flags: argparse.Namespace) -> int:
   flag_groups.start_jax(flags)
   if not flags.gin_file:
     raise UserError('train needs a run: --gin_file=gin/runs/quickstart.gin')
-  flag_groups.parse_gin(flags)
+  flag_groups.parse_gin(flags, bind_model_dir=True)
   command = gin_config.build(TrainCommand)
   with ConsoleDisplay() as display:
     if flags.dry_run:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from exitax.models import ExitLM, Params
@@ -39,11 +40,18 @@ class ExitScore:
     return math.exp(min(self.nll, 700.0))
 
 
-def make_score_fn(model: ExitLM, objective: ObjectiveConfig) -> ScoreFn:
-  """A function of parameters and batch to the batch's `LossSums`, to be jitted."""
+def make_score_fn(model: ExitLM, *, chunk_length: int = 128) -> ScoreFn:
+  """A function of parameters and batch to the batch's `LossSums`, to be jitted.
+
+  Args:
+    model: the model.
+    chunk_length: positions of each sequence whose logits live at once.
+  """
+  config = ObjectiveConfig(chunk_length=chunk_length)
+  weights = jnp.ones(len(model.config.depths))
 
   def score(params: Params, batch: PackedBatch) -> LossSums:
-    return exit_objective(model, params, batch, objective.weights_at(0), config=objective)[1]
+    return exit_objective(model, params, batch, weights, config=config)[1]
 
   return score
 

@@ -100,9 +100,7 @@ class _Trainer:
     )
     self._step_fn = step_fn
     self._step = jax.jit(step_fn, donate_argnums=0)
-    self._score = jax.jit(
-      make_score_fn(self._model, chunk_length=config.objective.chunk_length)
-    )
+    self._score = jax.jit(make_score_fn(self._model, chunk_length=config.objective.chunk_length))
     self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
     self._bounds = HealthBounds(
       max_nll=self._loop.max_loss_ratio * math.log(config.model.vocab_size)

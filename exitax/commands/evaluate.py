@@ -1,0 +1,70 @@
+"""Scores every exit and 21 exit thresholds of a trained model; writes JSON, CSV and a picture.
+
+  exitax evaluate --model_dir=runs/quickstart
+  exitax evaluate --model_dir=runs/quickstart --gin.EvaluateConfig.rows=512
+
+The text is the held-out part of what the model was trained on, as MODEL_DIR/config.gin says; gin
+files and bindings come on top of it. Results go to MODEL_DIR/evaluation/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from exitax.checkpoint import CheckpointError, load_model, read_model
+from exitax.commands import flags as flag_groups
+from exitax.commands import gin_config
+from exitax.commands.train import CONFIG_FILE
+from exitax.data import DataConfig, build_data
+from exitax.errors import UserError
+from exitax.evaluate import EvaluateConfig, EvaluationReport, ReportFiles, evaluate
+from exitax.evaluate import render_report, write_report
+from exitax.parallel import MeshConfig, ShardingRules, make_mesh, use
+
+EVALUATION_FOLDER = 'evaluation'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Flags of the command."""
+  flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
+  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  parser.add_argument('--output', metavar='DIR', help='where results go (MODEL_DIR/evaluation)')
+  flag_groups.add_gin_flags(parser)
+  flag_groups.add_device_flags(parser)
+
+
+def run(flags: argparse.Namespace) -> int:
+  """Evaluates."""
+  flag_groups.start_jax(flags)
+  if not flags.model_dir:
+    raise UserError('evaluate needs a model: --model_dir=DIR, such as runs/quickstart')
+  model_dir = Path(flags.model_dir)
+  read_model(model_dir)  # Says what is wrong with a directory that holds no model.
+  flag_groups.parse_gin(flags, text=_training_config(model_dir), bind_model_dir=False)
+  report, files = evaluate_directory(model_dir, step=flags.step, output=flags.output)
+  print(render_report(report))
+  print(f'\nwritten: {files.picture}, {files.csv}, {files.json}')
+  return 0
+
+
+def evaluate_directory(
+  model_dir: Path, *, step: int | None = None, output: str | None = None
+) -> tuple[EvaluationReport, ReportFiles]:
+  """Evaluates the model of a directory with what gin binds, and writes the results."""
+  rules = gin_config.build(ShardingRules)
+  mesh = make_mesh(gin_config.build(MeshConfig))
+  loaded = load_model(model_dir, mesh=mesh, rules=rules, step=step)
+  data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
+  with use(mesh, rules):
+    report = evaluate(loaded, data, gin_config.build(EvaluateConfig))
+  return report, write_report(report, output or model_dir / EVALUATION_FOLDER)
+
+
+def _training_config(model_dir: Path) -> str:
+  try:
+    return (model_dir / CONFIG_FILE).read_text(encoding='utf-8')
+  except OSError:
+    raise CheckpointError(
+      f'{model_dir / CONFIG_FILE} cannot be read: it names the text to evaluate on'
+    ) from None

@@ -1,0 +1,195 @@
+"""Writes text after a prompt, each token in the colour of the layer it left at.
+
+  exitax generate --model_dir=runs/quickstart --prompt='def main(' --threshold=0.8
+  exitax generate --model_dir=runs/quickstart --prompt='import ' --prompt='class ' \\
+    --temperature=0.8 --json
+
+  exitax generate --model_dir=runs/quickstart --prompt='def ' --gin_file=gin/decode/deferred.gin
+
+Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without a threshold every layer runs. A confidence must be above
+the threshold, so 1 never exits.
+Piped output is plain; --depths prints the layers of each token beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gin
+from rich.console import Console
+
+from exitax.commands import flags as flag_groups
+from exitax.commands import gin_config
+from exitax.commands.depths import coloured, depth_summary, legend
+from exitax.decode import Sampler
+from exitax.errors import UserError
+from exitax.language_model import LanguageModel, TextCompletion, load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+  """How text is generated: bound in gin, each field also a flag.
+
+  Attributes:
+    max_new_tokens: tokens per prompt at most.
+    threshold: exits where the confidence is above it; one number, one per exit, or None: full depth.
+    confidence: 'max_prob', 'margin' or 'entropy'.
+    temperature: 0 is greedy.
+    top_k: keeps the k best tokens; 0 keeps all.
+    top_p: keeps the fewest tokens whose probabilities reach it; 1 keeps all.
+    min_p: keeps tokens of at least this fraction of the best one's probability.
+    seed: prompt i uses seed + i.
+  """
+
+  max_new_tokens: int = 64
+  threshold: float | tuple[float, ...] | None = None
+  confidence: str = 'max_prob'
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int = 0
+
+  def settings(self) -> dict[str, Any]:
+    """Arguments of `LanguageModel.generate`."""
+    return {
+      'max_new_tokens': self.max_new_tokens,
+      'threshold': self.threshold,
+      'confidence': self.confidence,
+      'sampler': Sampler(
+        temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+      ),
+      'seed': self.seed,
+    }
+
+
+gin.external_configurable(GenerateConfig, module='exitax')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Flags of the command."""
+  flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
+  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  text = parser.add_argument_group('text')
+  text.add_argument('--prompt', action='append', default=[], help='repeatable; a batch')
+  text.add_argument('--prompt_file', metavar='FILE', help='a prompt from a file, - for stdin')
+  text.add_argument('--max_new_tokens', type=int, metavar='N', help='64 by default')
+  exits = parser.add_argument_group('early exit')
+  exits.add_argument(
+    '--threshold',
+    type=_thresholds,
+    metavar='T',
+    help='exit where the confidence is above it; one number, or one per exit: 0.9,0.8',
+  )
+  exits.add_argument(
+    '--confidence', metavar='NAME', help='max_prob (the default), margin or entropy'
+  )
+  exits.add_argument('--depths', action='store_true', help='list tokens with layer and confidence')
+  sampling = parser.add_argument_group('sampling')
+  sampling.add_argument('--temperature', type=float, help='0, the default, is greedy')
+  sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
+  sampling.add_argument('--top_p', type=float, metavar='P', help='keep the best that reach P')
+  sampling.add_argument(
+    '--min_p', type=float, metavar='P', help='keep those above P times the best'
+  )
+  sampling.add_argument('--seed', type=int, metavar='N', help='0 by default')
+  parser.add_argument('--json', action='store_true', help='one JSON object per prompt')
+  flag_groups.add_gin_flags(parser)
+  flag_groups.add_device_flags(parser)
+
+
+def run(flags: argparse.Namespace) -> int:
+  """Generates."""
+  flag_groups.start_jax(flags)
+  if not flags.model_dir:
+    raise UserError('generate needs a model: --model_dir=DIR, such as runs/quickstart')
+  flag_groups.parse_gin(flags, bind_model_dir=False)
+  config = gin_config.build(GenerateConfig)
+  given = {
+    field.name: getattr(flags, field.name)
+    for field in dataclasses.fields(config)
+    if getattr(flags, field.name) is not None
+  }
+  settings = dataclasses.replace(config, **given).settings()
+  prompts = _prompts(flags)
+  model = load(flags.model_dir, step=flags.step)
+  console = Console(highlight=False, soft_wrap=True)
+  if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):
+    _stream(model, prompts[0], settings, console)
+    return 0
+  for completion in model.generate(prompts, **settings):
+    if flags.json:
+      print(json.dumps(_as_json(completion)), flush=True)
+    else:
+      show(completion, model.config.depths, console, with_depths=flags.depths)
+  return 0
+
+
+def show(
+  completion: TextCompletion,
+  depths: tuple[int, ...],
+  console: Console,
+  *,
+  with_depths: bool = False,
+) -> None:
+  """Prints a completion after its prompt, and how deep its tokens went."""
+  console.print(completion.prompt, style='bold', end='', markup=False)
+  console.print(coloured(completion.pieces, completion.exit_layers, depths))
+  if with_depths:
+    rows = zip(completion.pieces, completion.exit_layers, completion.confidences, strict=False)
+    for piece, layer, confidence in rows:
+      console.print(f'{layer:>4}  {confidence:.3f}  {piece!r}', markup=False)
+  console.print(legend(depths))
+  console.print(depth_summary(completion.exit_layers, depths), style='dim', markup=False)
+
+
+def _stream(model: LanguageModel, prompt: str, settings: dict, console: Console) -> None:
+  """Prints tokens as they are chosen."""
+  depths, layers = model.config.depths, []
+  console.print(prompt, style='bold', end='', markup=False)
+  start = time.perf_counter()
+  for event in model.stream(prompt, **settings):
+    layers.append(event.exit_layer)
+    console.print(coloured([event.piece], [event.exit_layer], depths), end='')
+  seconds = time.perf_counter() - start
+  console.print()
+  console.print(legend(depths))
+  console.print(
+    f'{depth_summary(layers, depths)}  {len(layers) / seconds:.0f} tok/s, compilation included',
+    style='dim',
+    markup=False,
+  )
+
+
+def _prompts(flags: argparse.Namespace) -> list[str]:
+  prompts = list(flags.prompt)
+  if flags.prompt_file == '-':
+    prompts.append(sys.stdin.read())
+  elif flags.prompt_file:
+    try:
+      prompts.append(Path(flags.prompt_file).read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f'--prompt_file={flags.prompt_file} cannot be read: {error}') from None
+  if not prompts:
+    raise UserError("generate needs a prompt: --prompt='def main('")
+  return prompts
+
+
+def _thresholds(text: str) -> float | tuple[float, ...]:
+  try:
+    values = tuple(float(part) for part in text.split(','))
+  except ValueError:
+    raise UserError(f'--threshold={text} is not a number, or numbers with commas') from None
+  return values[0] if len(values) == 1 else values
+
+
+def _as_json(completion: TextCompletion) -> dict:
+  fields = dataclasses.asdict(completion)
+  fields['stop_reason'] = completion.stop_reason.name.lower()
+  return {**fields, 'effective_layers': completion.effective_layers}

@@ -1,0 +1,290 @@
+"""The front door for notebooks: text in, text out, with the depth of every token."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from exitax.checkpoint import LoadedModel, load_model
+from exitax.data import StreamDecoder, Tokenizer, encode_prompt, pad_documents
+from exitax.decode import (
+  Completion,
+  Confidence,
+  DeferredExit,
+  ExitPolicy,
+  FullDepth,
+  Sampler,
+  StopReason,
+  generate,
+  prepare_params,
+  stream,
+)
+from exitax.errors import UserError, choose
+from exitax.models import ModelConfig, Params
+from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
+from exitax.parallel import MeshConfig, ShardingRules, make_mesh, shard_batch, use
+
+_SCORE_LENGTH_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextCompletion:
+  """What the model wrote after a prompt.
+
+  Attributes:
+    prompt: the prompt.
+    text: the continuation, without the stop token.
+    pieces: the text of each token (an incomplete character shows with the token that completes it).
+    tokens: token ids.
+    exit_layers: layers run for each token.
+    confidences: confidence at the exit that chose each token.
+    stop_reason: STOP_TOKEN, or BUDGET when `max_new_tokens` ended it.
+  """
+
+  prompt: str
+  text: str
+  pieces: tuple[str, ...]
+  tokens: tuple[int, ...]
+  exit_layers: tuple[int, ...]
+  confidences: tuple[float, ...]
+  stop_reason: StopReason
+
+  @property
+  def effective_layers(self) -> float:
+    """Mean layers per token."""
+    return sum(self.exit_layers) / max(len(self.exit_layers), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextScore:
+  """How well every exit predicts a text.
+
+  Attributes:
+    text: the text.
+    exits: scores of each exit, shallow to deep, the final layer last.
+  """
+
+  text: str
+  exits: tuple[ExitScore, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEvent:
+  """One token as it is chosen.
+
+  Attributes:
+    piece: the text that it completes; may be empty.
+    token: its id.
+    exit_layer: layers run for it.
+    confidence: at the exit that chose it.
+  """
+
+  piece: str
+  token: int
+  exit_layer: int
+  confidence: float
+
+
+def load(
+  model_dir: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  mesh: MeshConfig = MeshConfig(data=1),
+  rules: ShardingRules = ShardingRules(),
+) -> LanguageModel:
+  """Opens a model directory that `exitax train` wrote.
+
+  Args:
+    model_dir: the directory.
+    step: which checkpoint; the latest by default.
+    mesh: devices to use; the first one by default.
+    rules: how parameters lie on them.
+
+  Raises:
+    UserError: the directory holds no model, or a damaged one.
+  """
+  size = abs(mesh.data * mesh.pipeline * mesh.tensor)
+  devices = jax.devices()[:size] if mesh.data > 0 else None
+  device_mesh = make_mesh(mesh, devices)
+  loaded = load_model(model_dir, mesh=device_mesh, rules=rules, step=step)
+  return LanguageModel(loaded, mesh=device_mesh, rules=rules)
+
+
+class LanguageModel:
+  """A trained model with its tokenizer, on a mesh."""
+
+  def __init__(self, loaded: LoadedModel, *, mesh: jax.sharding.Mesh, rules: ShardingRules) -> None:
+    self._loaded = loaded
+    self._mesh, self._rules = mesh, rules
+    self._decode_params: Params | None = None
+    self._score_fn = jax.jit(make_score_fn(loaded.model))
+
+  def __repr__(self) -> str:
+    depths = ', '.join(map(str, self.config.depths))
+    return f'LanguageModel({self._loaded.directory}, step {self._loaded.step}, depths {depths})'
+
+  @property
+  def config(self) -> ModelConfig:
+    """Shape of the model."""
+    return self._loaded.model.config
+
+  @property
+  def params(self) -> Params:
+    """Parameters with stacked blocks."""
+    return self._loaded.params
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of its training."""
+    return self._loaded.tokenizer
+
+  @property
+  def step(self) -> int:
+    """Optimizer steps behind the parameters."""
+    return self._loaded.step
+
+  def generate(
+    self,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    threshold: float | tuple[float, ...] | None = None,
+    confidence: str | Confidence = Confidence.MAX_PROB,
+    sampler: Sampler = Sampler(),
+    seed: int = 0,
+    stop: Sequence[int] = (),
+  ) -> list[TextCompletion]:
+    """Continues every prompt.
+
+    Args:
+      prompts: one text or several; several are decoded as one batch in which each exits by itself.
+      max_new_tokens: tokens per prompt at most.
+      threshold: exit where the confidence is above it, in [0, 1]; one for all exits or one each.
+        None runs every layer.
+      confidence: 'max_prob', 'margin' or 'entropy'.
+      sampler: temperature, top-k, top-p, min-p; greedy by default.
+      seed: prompt i uses seed + i.
+      stop: token ids that end a text beside the tokenizer's end id.
+
+    Raises:
+      UserError: a threshold out of range, a prompt longer than the context.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    with use(self._mesh, self._rules):
+      result = generate(
+        self._loaded.model,
+        self._prepared(),
+        [encode_prompt(self.tokenizer, text) for text in texts],
+        max_new_tokens=max_new_tokens,
+        policy=exit_policy(threshold, confidence),
+        sampler=sampler,
+        stop_tokens=(self.tokenizer.eos_id, *stop),
+        seed=seed,
+      )
+    return [
+      self._as_text(text, completion)
+      for text, completion in zip(texts, result.completions, strict=True)
+    ]
+
+  def stream(
+    self,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    threshold: float | tuple[float, ...] | None = None,
+    confidence: str | Confidence = Confidence.MAX_PROB,
+    sampler: Sampler = Sampler(),
+    seed: int = 0,
+    stop: Sequence[int] = (),
+  ) -> Iterator[TextEvent]:
+    """Yields the tokens of one continuation as they are chosen; arguments as `generate`."""
+    decoder = StreamDecoder(self.tokenizer)
+    with use(self._mesh, self._rules):
+      events = stream(
+        self._loaded.model,
+        self._prepared(),
+        [encode_prompt(self.tokenizer, prompt)],
+        max_new_tokens=max_new_tokens,
+        policy=exit_policy(threshold, confidence),
+        sampler=sampler,
+        stop_tokens=(self.tokenizer.eos_id, *stop),
+        seed=seed,
+      )
+      for event in events:
+        gain = event.gains[0]
+        for i, token in enumerate(gain.tokens.tolist()):
+          last = gain.stop_reason is not StopReason.RUNNING and i == len(gain.tokens) - 1
+          stopped = last and gain.stop_reason is StopReason.STOP_TOKEN
+          piece = '' if stopped else decoder.push(token)
+          yield TextEvent(
+            piece=piece + decoder.finish() if last else piece,
+            token=token,
+            exit_layer=int(gain.exit_layers[i]),
+            confidence=float(gain.confidences[i]),
+          )
+
+  def score(self, texts: str | Sequence[str]) -> list[TextScore]:
+    """Loss, bits per byte and accuracy of every exit on each text.
+
+    Raises:
+      UserError: a text that is empty or longer than the context.
+    """
+    return [self._score(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+  def _score(self, text: str) -> TextScore:
+    ids = self.tokenizer.encode(text)
+    if not ids:
+      raise UserError('cannot score an empty text')
+    needed = len(ids) + 2  # The start and the end id.
+    if needed > self.config.max_length:
+      raise UserError(
+        f'text of {needed} tokens exceeds the context of {self.config.max_length}: split it'
+      )
+    length = min(-(-needed // _SCORE_LENGTH_STEP) * _SCORE_LENGTH_STEP, self.config.max_length)
+    batch = pad_documents([ids], tokenizer=self.tokenizer, length=length)
+    with use(self._mesh, self._rules):
+      sums = add_sums([jax.device_get(self._score_fn(self.params, self._place(batch)))])
+    bytes_per_token = len(text.encode()) / max(float(sums.tokens), 1.0)
+    scores = exit_scores(self._loaded.model, sums, bytes_per_token=bytes_per_token)
+    return TextScore(text=text, exits=scores)
+
+  def _place(self, batch: Any) -> Any:
+    if self._mesh.shape['data'] == 1:
+      return shard_batch(batch, self._mesh, self._rules)
+    return batch  # One text does not spread over the data axis.
+
+  def _prepared(self) -> Params:
+    if self._decode_params is None:
+      self._decode_params = prepare_params(self._loaded.model, self.params)
+    return self._decode_params
+
+  def _as_text(self, prompt: str, completion: Completion) -> TextCompletion:
+    tokens = completion.tokens.tolist()
+    decoder = StreamDecoder(self.tokenizer)
+    shown = tokens[:-1] if completion.stop_reason is StopReason.STOP_TOKEN else tokens
+    pieces = [decoder.push(token) for token in shown]
+    if pieces:
+      pieces[-1] += decoder.finish()
+    return TextCompletion(
+      prompt=prompt,
+      text=''.join(pieces),
+      pieces=tuple(pieces),
+      tokens=tuple(tokens),
+      exit_layers=tuple(completion.exit_layers.tolist()),
+      confidences=tuple(completion.confidences.tolist()),
+      stop_reason=completion.stop_reason,
+    )
+
+
+def exit_policy(
+  threshold: float | tuple[float, ...] | None, confidence: str | Confidence
+) -> ExitPolicy:
+  """The policy that a threshold stands for: None runs every layer."""
+  measure = choose(Confidence, confidence, name='confidence')
+  if threshold is None:
+    return FullDepth(confidence=measure)
+  return DeferredExit(threshold=threshold, confidence=measure)
