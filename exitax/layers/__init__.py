@@ -12,7 +12,7 @@ from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
 
 # Functions.
-from exitax.layers.kernels import MASKED_LOGIT, dot_product_attention
+from exitax.layers.kernels import MASKED_LOGIT, cached_attention, dot_product_attention
 from exitax.layers.linear import Linear, project
 from exitax.layers.mlp import SwiGLU
 from exitax.layers.norm import RMSNorm, rms_normalise
@@ -41,6 +41,7 @@ __all__ = [
   'Rotary',
   'SwiGLU',
   'VocabMatrix',
+  'cached_attention',
   'constrain_stream',
   'dot_product_attention',
   'embed_tokens',
