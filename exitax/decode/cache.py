@@ -1,0 +1,116 @@
+"""The key/value cache: one entry per layer and per exit head with a layer of its own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from exitax.decode.lanes import KeyColumns, Lanes
+from exitax.models import ModelConfig
+from exitax.parallel import constrain
+
+
+@struct.dataclass
+class LayerCache:
+  """Keys and values of one attention layer, heads before columns (see `cached_attention`).
+
+  Attributes:
+    key: `[rows, num_kv_heads, capacity, head_dim]`, stored after the rotary embedding.
+    value: likewise.
+  """
+
+  key: jax.Array
+  value: jax.Array
+
+
+@struct.dataclass
+class KVCache:
+  """What attention has seen so far.
+
+  Entries that were never written, or whose column is no longer valid, hold anything: they are
+  masked, never zeroed. Layers may be filled to different lengths; a column's `valid` says that the
+  token exists, and whoever runs a layer fills every earlier token of the row there first.
+
+  Attributes:
+    layers: one entry per layer. A tuple, since slices of a stacked array are copied.
+    heads: exit layer -> entry of its `HeadKind.LAYER` head, for the exits in use.
+    columns: what visibility looks at, shared by all entries.
+  """
+
+  layers: tuple[LayerCache, ...]
+  heads: dict[int, LayerCache]
+  columns: KeyColumns
+
+
+def init_cache(
+  config: ModelConfig, *, rows: int, capacity: int, head_layers: tuple[int, ...] = ()
+) -> KVCache:
+  """An empty cache.
+
+  Args:
+    config: the model.
+    rows: requests (or groups, or slots).
+    capacity: columns per row.
+    head_layers: layers of the exits whose heads cache keys of their own.
+  """
+  shape = (rows, config.num_kv_heads, capacity, config.head_dim)
+
+  def entry() -> LayerCache:
+    return LayerCache(
+      key=_place(jnp.zeros(shape, config.precision.dtype)),
+      value=_place(jnp.zeros(shape, config.precision.dtype)),
+    )
+
+  return KVCache(
+    layers=tuple(entry() for _ in range(config.num_layers)),
+    heads={layer: entry() for layer in head_layers},
+    columns=KeyColumns(
+      position=jnp.zeros((rows, capacity), jnp.int32),
+      valid=jnp.zeros((rows, capacity), bool),
+    ),
+  )
+
+
+def write_layer(entry: LayerCache, key: jax.Array, value: jax.Array, lanes: Lanes) -> LayerCache:
+  """Writes lanes' keys and values `[rows, lanes, num_kv_heads, head_dim]` into their columns.
+
+  The whole window of lanes is written, padding included, except for rows without a valid lane and
+  for windows that reach beyond the capacity: those write nothing.
+  """
+  capacity = entry.key.shape[2]
+  start = jnp.where(jnp.any(lanes.valid, axis=1), lanes.first_column, capacity)
+  return LayerCache(
+    key=_place(_write_windows(entry.key, key.swapaxes(1, 2), start)),
+    value=_place(_write_windows(entry.value, value.swapaxes(1, 2), start)),
+  )
+
+
+def truncate(cache: KVCache, lengths: jax.Array) -> KVCache:
+  """The cache with only the first `lengths` (i32 `[rows]`) columns of each row valid."""
+  columns = cache.columns
+  kept = jnp.arange(columns.valid.shape[1]) < lengths[:, None]
+  return cache.replace(columns=columns.replace(valid=columns.valid & kept))
+
+
+def _write_windows(array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+  """Per row, `array[row, :, start : start + lanes] = update[row]`; dropped if it does not fit."""
+  numbers = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(0, 1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
+  )
+
+  def write_row(array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.scatter(
+      array,
+      start[None],
+      update,
+      numbers,
+      unique_indices=True,
+      mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )
+
+  return jax.vmap(write_row)(array, update.astype(array.dtype), start)
+
+
+def _place(array: jax.Array) -> jax.Array:
+  return constrain(array, ('batch', 'kv_heads', None, None))

@@ -1,0 +1,85 @@
+"""The one primitive: extend a span of layers by a few tokens per cache row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from exitax.decode.cache import KVCache, LayerCache, write_layer
+from exitax.decode.lanes import Lanes, Visibility, mark_columns
+from exitax.layers import AttendFn, cached_attention
+from exitax.models import ExitConfig, ExitLM, Params
+
+
+@struct.dataclass
+class Extension:
+  """What a span of layers makes of some lanes.
+
+  Attributes:
+    hidden: `[rows, lanes, embed]`, the residual stream after the span.
+    cache: the cache with the lanes written to the span's entries.
+    head_features: exit layer -> `[rows, lanes, embed]`, the features of the LAYER heads in the
+      span, which run for every token that passes.
+  """
+
+  hidden: jax.Array
+  cache: KVCache
+  head_features: dict[int, jax.Array]
+
+
+def extend(
+  model: ExitLM,
+  params: Params,
+  cache: KVCache,
+  hidden: jax.Array,
+  lanes: Lanes,
+  *,
+  layers: range,
+  visibility: Visibility,
+) -> Extension:
+  """Runs `layers` on new tokens against the cache, and caches them there.
+
+  Prefill, plain steps, deferred filling and verification are this function with other lanes and
+  layers; a span a:c equals a:b followed by b:c. LAYER heads of exits at layers in (a, b] that have
+  a cache entry are run and filled as the tokens pass.
+
+  Args:
+    model: the model.
+    params: parameters after `ExitLM.unstack`.
+    cache: keys and values of earlier tokens, filled up to these lanes for all `layers`.
+    hidden: `[rows, lanes, embed]`, the residual stream before the span.
+    lanes: where the tokens stand.
+    layers: the span.
+    visibility: which keys a lane sees, its own column included.
+  """
+  columns = mark_columns(cache.columns, lanes)
+  mask = visibility(lanes, columns)
+  rotary = model.rotary(lanes.position)
+  filled, heads = list(cache.layers), dict(cache.heads)
+  head_features: dict[int, jax.Array] = {}
+
+  def attend_to(entry: LayerCache) -> AttendFn:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+      written = write_layer(entry, key, value, lanes)
+      return cached_attention(query, written.key, written.value, mask), written
+
+    return attend
+
+  for layer in layers:
+    attend = attend_to(filled[layer])
+    hidden, (filled[layer],) = model.run_layers(
+      params, hidden, layers=range(layer, layer + 1), rotary=rotary, attend=(attend,)
+    )
+    depth = layer + 1
+    if depth in heads:
+      head_features[depth], heads[depth] = model.exit_features(
+        params, _exit_at(model, depth), hidden, rotary=rotary, attend=attend_to(heads[depth])
+      )
+  cache = cache.replace(layers=tuple(filled), heads=heads, columns=columns)
+  return Extension(hidden=hidden, cache=cache, head_features=head_features)
+
+
+def _exit_at(model: ExitLM, layer: int) -> ExitConfig:
+  return next(item for item in model.config.exits if item.layer == layer)

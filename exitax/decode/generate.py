@@ -1,0 +1,229 @@
+"""The front of decoding: lists of token ids in, tokens with their exit records out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from exitax.decode.lanes import Causal
+from exitax.decode.loop import prefill_chunk, run_steps
+from exitax.decode.policies import ExitPlan, ExitPolicy, FullDepth
+from exitax.decode.results import GenerateResult, StreamEvent, completions_since
+from exitax.decode.sampler import Sampler
+from exitax.decode.state import NO_TOKEN, DecodeState, Requests, init_state
+from exitax.errors import UserError
+from exitax.models import ExitLM, ModelConfig, Params
+
+# Capacities are multiples of it, so that prompts of similar length share compiled programs.
+CAPACITY_STEP = 64
+PREFILL_CHUNK = 128
+
+
+def generate(
+  model: ExitLM,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  policy: ExitPolicy = FullDepth(),  # noqa: B008  (frozen)
+  sampler: Sampler | Sequence[Sampler] = Sampler(),  # noqa: B008  (frozen)
+  stop_tokens: Sequence[int] = (),
+  seed: int | Sequence[int] = 0,
+  prefill_chunk: int = PREFILL_CHUNK,
+) -> GenerateResult:
+  """Continues every prompt, all in one batch in which each row exits by itself.
+
+  Args:
+    model: the model.
+    params: its parameters, stacked or (faster over many calls) after `prepare_params`.
+    prompts: token ids, at least one each.
+    max_new_tokens: tokens to generate per prompt at most.
+    policy: where tokens may leave the stack of layers.
+    sampler: how tokens are chosen; one for all prompts or one each.
+    stop_tokens: ids that end a row; the id itself is part of the result.
+    seed: one seed per prompt, or one number n for the seeds n, n + 1, ...
+    prefill_chunk: prompt tokens per row that are run at once.
+
+  Raises:
+    UserError: no or empty prompts, tokens outside the vocabulary, more tokens than the context
+      holds, thresholds or settings out of range.
+  """
+  state, run = _start(
+    model, params, prompts, max_new_tokens, policy, sampler, stop_tokens, seed, prefill_chunk
+  )
+  state = run(state, max_new_tokens)
+  return GenerateResult(completions_since(state, np.zeros(len(prompts), np.int32)))
+
+
+def stream(
+  model: ExitLM,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  policy: ExitPolicy = FullDepth(),  # noqa: B008  (frozen)
+  sampler: Sampler | Sequence[Sampler] = Sampler(),  # noqa: B008  (frozen)
+  stop_tokens: Sequence[int] = (),
+  seed: int | Sequence[int] = 0,
+  prefill_chunk: int = PREFILL_CHUNK,
+  tokens_per_event: int = 1,
+) -> Iterator[StreamEvent]:
+  """Yields what `generate` returns, `tokens_per_event` tokens per row at a time, while it comes."""
+  if tokens_per_event < 1:
+    raise UserError(f'tokens_per_event={tokens_per_event} must be at least 1')
+  state, run = _start(
+    model, params, prompts, max_new_tokens, policy, sampler, stop_tokens, seed, prefill_chunk
+  )
+  return _events(state, run, tokens_per_event)
+
+
+def prepare_params(model: ExitLM, params: Params) -> Params:
+  """Parameters as decoding reads them: one tree per layer, matrices in the compute dtype.
+
+  `generate` does it on every call; do it once to keep the copy. Does nothing the second time.
+  """
+  dtype = model.config.precision.dtype
+
+  def cast(path: Any, leaf: jax.Array) -> jax.Array:
+    is_matrix = path[-1].key in ('kernel', 'matrix')
+    return leaf.astype(dtype) if is_matrix and leaf.dtype != dtype else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, model.unstack(params))
+
+
+def make_requests(
+  config: ModelConfig,
+  *,
+  policy: ExitPolicy,
+  samplers: Sequence[Sampler],
+  stop_tokens: Sequence[int],
+  seeds: Sequence[int],
+  budgets: Sequence[int],
+) -> Requests:
+  """Settings of rows as arrays; one sampler, seed and budget per row."""
+  rows = len(samplers)
+  stops = list(stop_tokens) or [NO_TOKEN]
+
+  def column(name: str, dtype: Any) -> np.ndarray:
+    return np.asarray([getattr(sampler, name) for sampler in samplers], dtype)
+
+  return Requests(
+    seed=np.asarray([seed & 0xFFFFFFFF for seed in seeds], np.uint32),
+    temperature=column('temperature', np.float32),
+    top_k=column('top_k', np.int32),
+    top_p=column('top_p', np.float32),
+    min_p=column('min_p', np.float32),
+    stop_tokens=np.tile(np.asarray(stops, np.int32), (rows, 1)),
+    budget=np.asarray(budgets, np.int32),
+    thresholds=np.tile(np.asarray(policy.thresholds(config), np.float32), (rows, 1)),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """`run_steps` with everything but the state bound."""
+
+  model: ExitLM
+  params: Params
+  plan: ExitPlan
+  visibility: Causal
+
+  def __call__(self, state: DecodeState, num_steps: int) -> DecodeState:
+    return run_steps(
+      self.model, self.params, state, num_steps, plan=self.plan, visibility=self.visibility
+    )
+
+
+def _start(
+  model: ExitLM,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  policy: ExitPolicy,
+  sampler: Sampler | Sequence[Sampler],
+  stop_tokens: Sequence[int],
+  seed: int | Sequence[int],
+  chunk: int,
+) -> tuple[DecodeState, _Run]:
+  """A prefilled state, and what runs it."""
+  config, rows = model.config, len(prompts)
+  _check_prompts(config, prompts, max_new_tokens)
+  if chunk < 1:
+    raise UserError(f'prefill_chunk={chunk} must be at least 1')
+  requests = make_requests(
+    config,
+    policy=policy,
+    samplers=_per_row(
+      'sampler', [sampler] * rows if isinstance(sampler, Sampler) else sampler, rows
+    ),
+    stop_tokens=stop_tokens,
+    seeds=_per_row('seed', range(seed, seed + rows) if isinstance(seed, int) else seed, rows),
+    budgets=[max_new_tokens] * rows,
+  )
+  plan, visibility = policy.plan(config), Causal(config.sliding_window)
+  lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+  num_prefilled = int(lengths.max()) - 1
+  chunk = min(chunk, _next_power_of_two(num_prefilled))
+  num_chunks = -(-num_prefilled // chunk)
+  # The last windows of lanes, padding included, must fit.
+  longest = max(int(lengths.max()) + max_new_tokens + plan.pending_capacity, num_chunks * chunk)
+  tokens = np.zeros((rows, _round_up(longest, CAPACITY_STEP)), np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+  state = init_state(config, plan, tokens=tokens, prompt_length=lengths, requests=requests)
+  params = prepare_params(model, params)
+  for _ in range(num_chunks):
+    state = prefill_chunk(model, params, state, chunk=chunk, visibility=visibility)
+  return state, _Run(model, params, plan, visibility)
+
+
+def _events(state: DecodeState, run: _Run, tokens_per_event: int) -> Iterator[StreamEvent]:
+  seen = np.zeros(state.step.shape, np.int32)
+  while not np.all(state.done):
+    state = run(state, tokens_per_event)
+    event = StreamEvent(completions_since(state, seen))
+    seen = np.array(state.step)
+    yield event
+
+
+def _check_prompts(
+  config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+  if max_new_tokens < 1:
+    raise UserError(f'max_new_tokens={max_new_tokens} must be at least 1')
+  if not prompts:
+    raise UserError('no prompts: give at least one list of token ids')
+  for row, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise UserError(f'prompt {row} is empty: give at least one token')
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= config.vocab_size:
+      wrong = low if low < 0 else high
+      raise UserError(
+        f'prompt {row} has token {wrong}, outside the vocabulary of {config.vocab_size}: '
+        'use the tokenizer that the model was trained with'
+      )
+    if len(prompt) + max_new_tokens > config.max_length:
+      raise UserError(
+        f'prompt of {len(prompt)} tokens plus max_new_tokens={max_new_tokens} exceeds the context '
+        f'of {config.max_length}: shorten the prompt or ask for at most '
+        f'{max(config.max_length - len(prompt), 0)} new tokens'
+      )
+
+
+def _per_row(name: str, values: Sequence[Any], rows: int) -> Sequence[Any]:
+  if len(values) != rows:
+    raise UserError(f'{len(values)} values of {name} for {rows} prompts: give one each, or one')
+  return values
+
+
+def _round_up(number: int, multiple: int) -> int:
+  return -(-number // multiple) * multiple
+
+
+def _next_power_of_two(number: int) -> int:
+  return 1 << max(number - 1, 0).bit_length()
