@@ -18,8 +18,14 @@ from exitax.commands import gin_config
 from exitax.commands.train import CONFIG_FILE
 from exitax.data import DataConfig, build_data
 from exitax.errors import UserError
-from exitax.evaluate import EvaluateConfig, EvaluationReport, ReportFiles, evaluate
-from exitax.evaluate import render_report, write_report
+from exitax.evaluate import (
+  EvaluateConfig,
+  EvaluationReport,
+  ReportFiles,
+  evaluate,
+  render_report,
+  write_report,
+)
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh, use
 
 EVALUATION_FOLDER = 'evaluation'

@@ -1,14 +1,14 @@
-"""Writes text after a prompt, each token in the colour of the layer it left at.
+r"""Writes text after a prompt, each token in the colour of the layer it left at.
 
   exitax generate --model_dir=runs/quickstart --prompt='def main(' --threshold=0.8
-  exitax generate --model_dir=runs/quickstart --prompt='import ' --prompt='class ' \\
+  exitax generate --model_dir=runs/quickstart --prompt='import ' --prompt='class ' \
     --temperature=0.8 --json
 
   exitax generate --model_dir=runs/quickstart --prompt='def ' --gin_file=gin/decode/deferred.gin
 
-Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without a threshold every layer runs. A confidence must be above
-the threshold, so 1 never exits.
-Piped output is plain; --depths prints the layers of each token beside it.
+Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without a threshold
+every layer runs. A confidence must be above the threshold, so 1 never exits. Piped output is
+plain; --depths prints the layers of each token beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gin
 from rich.console import Console
 
 from exitax.commands import flags as flag_groups
@@ -69,7 +68,7 @@ class GenerateConfig:
     }
 
 
-gin.external_configurable(GenerateConfig, module='exitax')
+gin_config.make_configurable(GenerateConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gin
-
 from exitax import checkpoint, data, evaluate, layers, models, objectives, parallel, training
 from exitax.errors import UserError
 
@@ -86,13 +85,17 @@ def feature_length(lengths: Mapping[str, int]) -> int:
   return int(lengths['targets'])
 
 
+def make_configurable(kind: Callable[..., Any], *, name: str | None = None) -> None:
+  """Makes a class or function known to gin, by its own name or another."""
+  with gin.unlock_config():  # Commands are imported after others have run, as in tests.
+    gin.external_configurable(kind, name=name, module='exitax')
+
+
 @functools.cache
 def register() -> None:
-  """Makes classes and helpers known to gin, once."""
-  for kind in CONFIGURABLE_CLASSES:
-    gin.external_configurable(kind, module='exitax')
-  for helper in (exits, exit_weights, feature_length):
-    gin.external_configurable(helper, module='exitax')
+  """Makes the classes and helpers of all commands known to gin, once."""
+  for item in (*CONFIGURABLE_CLASSES, exits, exit_weights, feature_length):
+    make_configurable(item)
   gin.config.register_finalize_hook(_check_macros)
 
 
@@ -163,8 +166,6 @@ def _check_macros(config: Mapping[tuple[str, str], Any]) -> None:
   used = {scope for scope, selector in references if selector == _MACRO}
   for name in sorted(assigned - used):
     raise UserError(f'macro {name} is set but nothing uses it{_close(name, used)}')
-  for name in sorted(used - assigned):
-    raise UserError(f'macro {name} is used but never set: {_how_to_set(name)}')
 
 
 def _translate(error: Exception, bindings: Sequence[str]) -> UserError:
@@ -190,6 +191,8 @@ def _translate(error: Exception, bindings: Sequence[str]) -> UserError:
     return UserError(f'{match.group(1)} needs {match.group(2)}: name a run file with --gin_file')
   if match := re.search(r'(\w+)/macro.value set to .%gin.REQUIRED', message):
     return UserError(f'{match.group(1)} is required: {_how_to_set(match.group(1))}')
+  if match := re.search(r"No bindings specified for '(\w+)/gin.macro'", message):
+    return UserError(f'macro {match.group(1)} is used but never set: {_how_to_set(match.group(1))}')
   if 'malformed node' in message:
     where = f'{bindings[-1]!r}' if bindings else lines[-1]
     return UserError(f'{where}: the value is not Python; strings need quotes, names an @ or a %')

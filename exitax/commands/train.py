@@ -15,7 +15,6 @@ import dataclasses
 from pathlib import Path
 
 import gin
-
 from exitax.checkpoint import write_bytes_atomic
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
@@ -40,7 +39,7 @@ class TrainCommand:
   run: RunConfig
 
 
-gin.external_configurable(TrainCommand, name='train', module='exitax')
+gin_config.make_configurable(TrainCommand, name='train')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,9 +98,16 @@ def _conv_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
 
 
 def _scan_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
-  num_carry = eqn.params['num_carry']
+  num_carry = _num_carry(eqn.params)
   used_by_body = [True] * num_carry + list(used[num_carry:])
   return _count(eqn.params['jaxpr'].jaxpr, used_by_body).times(eqn.params['length'])
+
+
+def _num_carry(params: Mapping[str, Any]) -> int:
+  if 'num_carry' in params:
+    return params['num_carry']
+  _, carry, _ = params['ft_in'].unpack()  # jax 0.12: constants, carry, scanned inputs.
+  return len(carry)
 
 
 def _while_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from tests.commands.conftest import RunCommand, digest
 
 TRAIN_MISTAKES = {
@@ -171,7 +172,7 @@ def test_a_threshold_out_of_range(exitax: RunCommand, trained: Path, threshold: 
   assert_one_line(outcome, f'threshold={threshold} is outside [0, 1]')
 
 
-def assert_one_line(outcome, message: str) -> None:  # noqa: ANN001
+def assert_one_line(outcome, message: str) -> None:
   """One line on standard error that holds the message, no traceback, status 2."""
   assert outcome.status == 2, outcome.err
   lines = outcome.err.strip().splitlines()

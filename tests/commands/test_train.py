@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.commands.conftest import RunCommand
-
 from exitax.training import read_metrics
+from tests.commands.conftest import RunCommand
 
 
 def test_a_run_leaves_the_files_that_it_promises(trained: Path) -> None:

@@ -44,3 +44,8 @@ def test_cpu_has_no_data_sheet_but_a_measured_rate():
   assert parallel.peak_flops(jax.devices('cpu')[0]) is None
   rate = parallel.measure_matmul_flops(jnp.float32, seconds=0.05)
   assert 1e8 < rate < 1e14
+
+
+def test_measuring_works_under_an_ambient_mesh() -> None:
+  with parallel.use(parallel.make_mesh(parallel.MeshConfig()), parallel.ShardingRules()):
+    assert parallel.measure_matmul_flops('float32', seconds=0.01) > 0
