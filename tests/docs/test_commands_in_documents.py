@@ -1,0 +1,133 @@
+"""Commands in README, guides and gin headers are run as written, on a model made small."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from exitax.commands.main import main
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+GIN_FILES = sorted((ROOT / 'gin').rglob('*.gin'))
+
+# Appended to every training command: the same run, small.
+SMALL = (
+  '--gin.TRAIN_STEPS=2',
+  '--gin.BATCH_SIZE=8',
+  "--gin.TASK_FEATURE_LENGTHS={'targets': 32}",
+  '--gin.MIXTURE_OR_TASK_NAME=@Task()',
+  "--gin.Task.name='some_modules'",
+  '--gin.Task.source=@PythonLibrarySource()',
+  '--gin.PythonLibrarySource.max_files=30',
+  '--gin.VOCAB_SIZE=300',
+  '--gin.ModelConfig.embed_dim=24',
+  '--gin.ModelConfig.num_heads=6',
+  '--gin.ModelConfig.num_kv_heads=2',
+  '--gin.ModelConfig.mlp_dim=16',
+  '--gin.LoopConfig.eval_rows=8',
+)
+SMALL_EVALUATION = (
+  '--gin.EvaluateConfig.rows=8',
+  '--gin.EvaluateConfig.speed_prompts=1',
+  '--gin.EvaluateConfig.speed_new_tokens=4',
+  '--gin.EvaluateConfig.speed_repeats=1',
+)
+
+
+def exitax_commands(text: str) -> list[str]:
+  """Command lines of exitax in a document or in the comments of a gin file."""
+  joined = re.sub(r'\\\n#?\s*', '', text)
+  lines = (line.lstrip('# ').strip() for line in joined.splitlines())
+  found = [re.match(r'(?:\.venv/bin/)?exitax ((?:train|evaluate|generate|inspect) .*)', x) for x in lines]
+  return [match.group(1) for match in found if match]
+
+
+@pytest.fixture(scope='module')
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Where `runs/` of the documents is; `runs/quickstart` has been trained."""
+  runs = tmp_path_factory.mktemp('documents')
+  run_command('train --gin_file=gin/runs/quickstart.gin --model_dir=runs/quickstart', runs)
+  return runs
+
+
+def run_command(command: str, runs: Path) -> None:
+  """Runs a documented command with directories below `runs` and small sizes."""
+  argv = shlex.split(command.replace('runs/quickstart.gin', 'RUN_FILE'))
+  argv = [re.sub(r'\bruns/', f'{runs}/', part) for part in argv]
+  argv = [part.replace('RUN_FILE', 'runs/quickstart.gin') for part in argv]
+  argv = [part.replace(f'gin/{runs}', 'gin/runs').replace('max_new_tokens=64', '') for part in argv]
+  if argv[0] in ('train',):
+    argv += SMALL
+  elif argv[0] == 'evaluate':
+    argv += SMALL_EVALUATION
+  elif argv[0] == 'generate':
+    argv += ['--max_new_tokens=4']
+  with pytest.raises(SystemExit) as stop:
+    main(argv)
+  assert not stop.value.code, command
+
+
+DOCUMENTED = [
+  pytest.param(command, id=f'{path.name}-{i}')
+  for path in (*DOCUMENTS, *GIN_FILES)
+  for i, command in enumerate(exitax_commands(path.read_text(encoding='utf-8')))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', DOCUMENTED)
+def test_documented_command(
+  command: str, model_dirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.chdir(ROOT)
+  if command.startswith(('evaluate', 'generate')) or '--model_dir=runs/mine' not in command:
+    run_command(command.replace('runs/mine', 'runs/quickstart'), model_dirs)
+  else:
+    run_command(command.replace('runs/mine', f'runs/{abs(hash(command))}'), model_dirs)
+
+
+def test_commands_are_found() -> None:
+  assert len(DOCUMENTED) >= 10
+
+
+@pytest.mark.slow
+def test_python_in_the_readme(model_dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+  assert blocks
+  for block in blocks:
+    exec(block.replace('runs/quickstart', str(model_dirs / 'quickstart')), {})
+
+
+def test_links_lead_somewhere() -> None:
+  for path in DOCUMENTS:
+    for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', path.read_text(encoding='utf-8')):
+      assert (path.parent / target).exists(), f'{path.name} links to {target}'
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+  makefile = (ROOT / 'Makefile').read_text()
+  for target in re.findall(r'^make ([a-z-]+)', (ROOT / 'README.md').read_text(), re.MULTILINE):
+    assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize('path', GIN_FILES, ids=lambda path: str(path.relative_to(ROOT / 'gin')))
+def test_gin_file_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """Every file parses and builds: a run by itself, other files on top of the quickstart."""
+  name = str(path.relative_to(ROOT / 'gin'))
+  files = [name] if name == 'runs/quickstart.gin' else ['runs/quickstart.gin', name]
+  if name.startswith('exits/quarter') or name == 'models/small.gin':
+    files = ['runs/quickstart.gin', 'models/small.gin', 'exits/quarter_half.gin']
+  required = [
+    '--gin.TRAIN_STEPS=1',
+    "--gin.MODEL_DIR='unused'",
+    "--gin.MIXTURE_OR_TASK_NAME='python_library'",
+    # A file for one device, on the eight of the tests.
+    *(['--gin.MeshConfig.data=-1'] if name == 'parallel/single.gin' else []),
+  ]
+  with pytest.raises(SystemExit) as stop:
+    main(['train', '--dry_run', *(f'--gin_file={file}' for file in files), *required])
+  assert not stop.value.code, capsys.readouterr().err
