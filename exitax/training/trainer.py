@@ -20,7 +20,7 @@ from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import count_flops, make_mesh, shard_batch, use
 from exitax.training.config import RunConfig
 from exitax.training.display import Display, QuietDisplay
-from exitax.training.health import DivergenceError, HealthBounds
+from exitax.training.health import DivergenceError, HealthBounds, largest_rms
 from exitax.training.interrupt import StopSignal
 from exitax.training.metrics import FileMetricsWriter, MetricsWriter
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -102,6 +102,7 @@ class _Trainer:
     self._step = jax.jit(step_fn, donate_argnums=0)
     self._score = jax.jit(make_score_fn(self._model, chunk_length=config.objective.chunk_length))
     self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
+    self._largest_rms = jax.jit(largest_rms)
     self._bounds = HealthBounds(
       max_nll=self._loop.max_loss_ratio * math.log(config.model.vocab_size)
     )
@@ -237,8 +238,8 @@ class _Trainer:
 
   def _check_parameters(self, state: TrainState, step: int, batch: Any) -> None:
     """Stops before parameters are saved that the step's own numbers, made before it, say nothing of."""
-    sums = jax.device_get(self._score(state.params, batch))
-    self._stop_if(self._bounds.problem_in_scores(sums), step)
+    sums, rms = jax.device_get((self._score(state.params, batch), self._largest_rms(state.params)))
+    self._stop_if(self._bounds.problem_in_parameters(sums, float(rms)), step)
 
   def _stop_if(self, problem: str | None, step: int) -> None:
     if problem is None:
