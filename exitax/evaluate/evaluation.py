@@ -73,7 +73,7 @@ def evaluate(
     data=data_facts(data, tokens=table.num_tokens),
     machine=machine_facts(mesh),
     exits=_exit_scores(loaded, table, bytes_per_token=text['bytes_per_token']),
-    exit_agreement=tuple(float(share) for share in np.mean(table.agrees, axis=1)),
+    exit_agreement=tuple(float(share) for share in table.agrees.mean(axis=1)),
     thresholds=tuple(rows),
     oracle=oracle_score(table, **text),
     speed=speed,
@@ -142,8 +142,8 @@ def _exit_scores(
 ) -> tuple[ExitScore, ...]:
   """Every exit alone."""
   model_config = loaded.model.config
-  nll = np.mean(table.nll, axis=1, dtype=np.float64)
-  accuracy = np.mean(table.correct, axis=1)
+  nll = table.nll.mean(axis=1, dtype=np.float64)
+  accuracy = table.correct.mean(axis=1)
   return tuple(
     ExitScore(
       name=name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from numpy.typing import ArrayLike
 
 from exitax.evaluate.report import EvaluationReport
 from exitax.evaluate.thresholds import ThresholdRow
@@ -117,7 +118,8 @@ def _draw_depth(axes: Axes, report: EvaluationReport) -> None:
   axes.set_xlabel('effective layers per token')
   axes.set_ylabel('bits per byte')
   nats = math.log(2) * report.data.bytes_per_token
-  loss = axes.secondary_yaxis('right', functions=(lambda b: b * nats, lambda n: n / nats))
+  to_loss, to_bits = _times(nats), _times(1 / nats)
+  loss = axes.secondary_yaxis('right', functions=(to_loss, to_bits))
   loss.set_ylabel('loss (nats per token)')
   axes.margins(x=0.1, y=0.12)
   low, high = axes.get_ylim()
@@ -126,6 +128,10 @@ def _draw_depth(axes: Axes, report: EvaluationReport) -> None:
     axes.set_ylim(middle - 0.05, middle + 0.05)
   axes.grid(alpha=0.3)
   _legend_below(axes, distance=0.14, columns=2)
+
+
+def _times(factor: float) -> Callable[[ArrayLike], ArrayLike]:
+  return lambda values: np.multiply(values, factor)
 
 
 def _exit_label(name: str) -> str:
@@ -216,7 +222,7 @@ def _draw_shares(axes: Axes, report: EvaluationReport) -> None:
   rows = report.rows_of(report.confidences[0])
   thresholds = [row.threshold for row in rows]
   shares = np.array([row.exit_shares for row in rows]).T
-  names = [f'{_exit_label(score.name)} (layer {score.layer})' for score in report.exits]
+  names = [_exit_label(score.name) for score in report.exits]
   colours = _depth_colours(len(names))
   width = 0.8 * _spacing(thresholds)
   bottom = np.zeros(len(rows))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from exitax.data import Batch
 from exitax.models import ExitLM, Params, features_at_exits
+from exitax.objectives import PackedBatch
 from exitax.parallel import ShardingRules, replicated, shard_batch, use
 
 ConfidenceFn = Callable[[jax.Array], jax.Array]
@@ -86,10 +87,10 @@ def token_table(
 
 def _make_score_fn(
   model: ExitLM, *, measures: Mapping[str, ConfidenceFn], chunk_length: int
-) -> Callable[[Params, Batch], Any]:
+) -> Callable[[Params, PackedBatch], Any]:
   """A function of a batch to arrays `[exits + 1, batch, length]`, no more logits than a slice."""
 
-  def score(params: Params, batch: Batch) -> Any:
+  def score(params: Params, batch: PackedBatch) -> Any:
     features = features_at_exits(model, params, batch.tokens, batch.segment_ids, batch.positions)
     heads = (*model.config.exits, None)
     exits = []
