@@ -1,17 +1,20 @@
 """Decoding: one state, one primitive (`extend`), one loop; policies plug in."""
 
 # The front.
-from exitax.decode.generate import generate, make_requests, prepare_params, stream
-from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
+# State.
+from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
 
 # Policies.
 from exitax.decode.confidence import Confidence
-from exitax.decode.policies import DeferredExit, ExitPlan, ExitPolicy, FullDepth, Record
-from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
 
-# State.
-from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
+# The primitive and the loop.
+from exitax.decode.extend import Extension, extend
+from exitax.decode.generate import begin, generate, make_requests, prepare_params, stream
 from exitax.decode.lanes import Causal, KeyColumns, Lanes, Visibility, consecutive_lanes
+from exitax.decode.loop import prefill_chunk, run_steps, step
+from exitax.decode.policies import DeferredExit, ExitPlan, ExitPolicy, FullDepth, Record
+from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
+from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
 from exitax.decode.state import (
   Agreement,
   DecodeState,
@@ -21,10 +24,6 @@ from exitax.decode.state import (
   gather_rows,
   init_state,
 )
-
-# The primitive and the loop.
-from exitax.decode.extend import Extension, extend
-from exitax.decode.loop import prefill_chunk, run_steps, step
 
 __all__ = [
   'Agreement',
@@ -49,6 +48,7 @@ __all__ = [
   'StopReason',
   'StreamEvent',
   'Visibility',
+  'begin',
   'choose_tokens',
   'completions_since',
   'consecutive_lanes',

@@ -29,8 +29,8 @@ def generate(
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
-  policy: ExitPolicy = FullDepth(),  # noqa: B008  (frozen)
-  sampler: Sampler | Sequence[Sampler] = Sampler(),  # noqa: B008  (frozen)
+  policy: ExitPolicy = FullDepth(),
+  sampler: Sampler | Sequence[Sampler] = Sampler(),
   stop_tokens: Sequence[int] = (),
   seed: int | Sequence[int] = 0,
   prefill_chunk: int = PREFILL_CHUNK,
@@ -65,8 +65,8 @@ def stream(
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
-  policy: ExitPolicy = FullDepth(),  # noqa: B008  (frozen)
-  sampler: Sampler | Sequence[Sampler] = Sampler(),  # noqa: B008  (frozen)
+  policy: ExitPolicy = FullDepth(),
+  sampler: Sampler | Sequence[Sampler] = Sampler(),
   stop_tokens: Sequence[int] = (),
   seed: int | Sequence[int] = 0,
   prefill_chunk: int = PREFILL_CHUNK,
@@ -93,6 +93,46 @@ def prepare_params(model: ExitLM, params: Params) -> Params:
     return leaf.astype(dtype) if is_matrix and leaf.dtype != dtype else leaf
 
   return jax.tree_util.tree_map_with_path(cast, model.unstack(params))
+
+
+def begin(
+  model: ExitLM,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  *,
+  policy: ExitPolicy,
+  requests: Requests,
+  max_new_tokens: int,
+  prefill_chunk_size: int = PREFILL_CHUNK,
+) -> DecodeState:
+  """A state whose prompts are cached, ready for `run_steps`.
+
+  Args:
+    model: the model.
+    params: parameters after `prepare_params`.
+    prompts: token ids, at least one each.
+    policy: the exit policy that the steps will use.
+    requests: settings of each row; see `make_requests`.
+    max_new_tokens: the largest budget; it sizes the cache.
+    prefill_chunk_size: prompt tokens per row that are run at once.
+  """
+  config, plan = model.config, policy.plan(model.config)
+  lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+  num_prefilled = int(lengths.max()) - 1
+  chunk = min(prefill_chunk_size, _next_power_of_two(num_prefilled))
+  num_chunks = -(-num_prefilled // chunk)
+  # The last windows of lanes, padding included, must fit: prefill's, and that of the deep layers,
+  # which starts at the last token but one at the latest (the last one is never fed).
+  overhang = max(plan.pending_capacity - 2, 0)
+  longest = max(int(lengths.max()) + max_new_tokens + overhang, num_chunks * chunk)
+  tokens = np.zeros((len(prompts), _round_up(longest, CAPACITY_STEP)), np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+  state = init_state(config, plan, tokens=tokens, prompt_length=lengths, requests=requests)
+  visibility = Causal(config.sliding_window)
+  for _ in range(num_chunks):
+    state = prefill_chunk(model, params, state, chunk=chunk, visibility=visibility)
+  return state
 
 
 def make_requests(
@@ -164,21 +204,17 @@ def _start(
     seeds=_per_row('seed', range(seed, seed + rows) if isinstance(seed, int) else seed, rows),
     budgets=[max_new_tokens] * rows,
   )
-  plan, visibility = policy.plan(config), Causal(config.sliding_window)
-  lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-  num_prefilled = int(lengths.max()) - 1
-  chunk = min(chunk, _next_power_of_two(num_prefilled))
-  num_chunks = -(-num_prefilled // chunk)
-  # The last windows of lanes, padding included, must fit.
-  longest = max(int(lengths.max()) + max_new_tokens + plan.pending_capacity, num_chunks * chunk)
-  tokens = np.zeros((rows, _round_up(longest, CAPACITY_STEP)), np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens[row, : len(prompt)] = prompt
-  state = init_state(config, plan, tokens=tokens, prompt_length=lengths, requests=requests)
   params = prepare_params(model, params)
-  for _ in range(num_chunks):
-    state = prefill_chunk(model, params, state, chunk=chunk, visibility=visibility)
-  return state, _Run(model, params, plan, visibility)
+  state = begin(
+    model,
+    params,
+    prompts,
+    policy=policy,
+    requests=requests,
+    max_new_tokens=max_new_tokens,
+    prefill_chunk_size=chunk,
+  )
+  return state, _Run(model, params, policy.plan(config), Causal(config.sliding_window))
 
 
 def _events(state: DecodeState, run: _Run, tokens_per_event: int) -> Iterator[StreamEvent]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from typing import Protocol
 
 from exitax.decode.confidence import Confidence
@@ -43,7 +44,7 @@ class ExitPlan:
   def segments(self) -> tuple[range, ...]:
     """Spans of layers between exits: `[0:l1], [l1:l2], ..., [ln:L]`."""
     cuts = (0, *(item.layer for item in self.exits), self.num_layers)
-    return tuple(range(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    return tuple(range(a, b) for a, b in itertools.pairwise(cuts))
 
   @property
   def head_layers(self) -> tuple[int, ...]:

@@ -1,0 +1,381 @@
+"""Tokens/s of decoding: the fraction of the roofline reached, and transformers beside it.
+
+  python benchmarks/decode.py [--quick]
+
+A Llama shape of 27.8M parameters (8 layers, width 512, vocabulary 4096, tied), float32, random
+weights, greedy. The roofline of a step is max(bytes / bandwidth, flops / matmul rate): bytes are the
+weights, once, and the cached keys and values that exist; both rates are measured in this run, between
+the other timings. transformers' `generate` runs the same weights, and its logits are checked first.
+
+The early-exit rows show what deferral costs and saves at its extremes: a threshold of 1 evaluates
+every exit and never stops, a threshold of 0 stops every token at the first exit, and deep layers only
+catch up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from exitax import decode
+from exitax.models import ExitConfig, ExitLM, ModelConfig, Params, logits_at_exits
+
+CONFIG = ModelConfig(
+  vocab_size=4096, num_layers=8, embed_dim=512, num_heads=8, mlp_dim=1408, max_length=512
+)
+EXITS = (ExitConfig(layer=2), ExitConfig(layer=4))
+PROMPT = 64
+SUM_BYTES = 512 << 20
+MATMUL = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """One row of the table.
+
+  Attributes:
+    name: what it is called.
+    batch: requests at once.
+    policy: how deep tokens go.
+  """
+
+  name: str
+  batch: int
+  policy: decode.ExitPolicy
+
+
+CASES = (
+  Case(name='full', batch=1, policy=decode.FullDepth()),
+  Case(name='full', batch=4, policy=decode.FullDepth()),
+  Case(name='full', batch=16, policy=decode.FullDepth()),
+  Case(name='deferred, never exits', batch=1, policy=decode.DeferredExit(threshold=1.0)),
+  Case(name='deferred, always exits at 2', batch=1, policy=decode.DeferredExit(threshold=0.0)),
+)
+
+
+class Ours:
+  """A case, compiled: times of its steps alone and of the whole call."""
+
+  def __init__(self, case: Case, params: Params, *, new_tokens: int) -> None:
+    exits = () if isinstance(case.policy, decode.FullDepth) else EXITS
+    self.case = case
+    self.model = ExitLM(dataclasses.replace(CONFIG, exits=exits))
+    self.params = decode.prepare_params(self.model, _with_exit_norms(params, self.model))
+    self.new_tokens = new_tokens
+    self.prompts = _prompts(case.batch)
+    self.plan = case.policy.plan(self.model.config)
+    self.call()
+    self.steps()
+
+  def call(self) -> float:
+    """Seconds of `decode.generate`, prompt included."""
+    start = time.perf_counter()
+    self.result = decode.generate(
+      self.model,
+      self.params,
+      self.prompts,
+      max_new_tokens=self.new_tokens,
+      policy=self.case.policy,
+    )
+    return time.perf_counter() - start
+
+  def steps(self) -> float:
+    """Seconds of all steps, without the prompt."""
+    state = jax.block_until_ready(self._prefilled())
+    start = time.perf_counter()
+    jax.block_until_ready(
+      decode.run_steps(
+        self.model,
+        self.params,
+        state,
+        self.new_tokens,
+        plan=self.plan,
+        visibility=decode.Causal(),
+      )
+    )
+    return time.perf_counter() - start
+
+  def _prefilled(self) -> decode.DecodeState:
+    rows = self.case.batch
+    requests = decode.make_requests(
+      self.model.config,
+      policy=self.case.policy,
+      samplers=[decode.Sampler()] * rows,
+      stop_tokens=(),
+      seeds=range(rows),
+      budgets=[self.new_tokens] * rows,
+    )
+    return decode.begin(
+      self.model,
+      self.params,
+      self.prompts,
+      policy=self.case.policy,
+      requests=requests,
+      max_new_tokens=self.new_tokens,
+    )
+
+
+class Theirs:
+  """transformers' Llama with the same weights."""
+
+  def __init__(self, params: Params, *, new_tokens: int) -> None:
+    self.model = _llama(params)
+    self.new_tokens = new_tokens
+    self.input = torch.tensor(_prompts(1))
+    _check_logits(params, self.model)
+    self.call()
+
+  def call(self) -> float:
+    """Seconds of `generate`, prompt included."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+      output = self.model.generate(
+        self.input,
+        attention_mask=torch.ones_like(self.input),
+        max_new_tokens=self.new_tokens,
+        min_new_tokens=self.new_tokens,
+        do_sample=False,
+      )
+    seconds = time.perf_counter() - start
+    if output.shape[1] != PROMPT + self.new_tokens:
+      raise RuntimeError(f'transformers generated {output.shape[1] - PROMPT} tokens')
+    self.tokens = output[0, PROMPT:].tolist()
+    return seconds
+
+
+class Rates:
+  """The machine's memory bandwidth and matmul rate, each the faster of XLA and torch."""
+
+  def __init__(self, *, sum_bytes: int) -> None:
+    self.sum_bytes = sum_bytes
+    self.ours, self.theirs = jnp.ones(sum_bytes // 4), torch.ones(sum_bytes // 4)
+    self.square = jnp.ones((MATMUL, MATMUL))
+    self.their_square = torch.ones(MATMUL, MATMUL)
+    self.sum_fn, self.matmul_fn = jax.jit(jnp.sum), jax.jit(jnp.matmul)
+    for measure in self.measures.values():
+      measure()
+
+  @property
+  def measures(self) -> dict[str, Callable[[], float]]:
+    """Name -> seconds of one run."""
+    return {
+      'sum_xla': lambda: _seconds(lambda: self.sum_fn(self.ours).block_until_ready()),
+      'sum_torch': lambda: _seconds(lambda: self.theirs.sum().item()),
+      'matmul_xla': lambda: _seconds(
+        lambda: self.matmul_fn(self.square, self.square).block_until_ready()
+      ),
+      'matmul_torch': lambda: _seconds(lambda: self.their_square @ self.their_square),
+    }
+
+
+def main() -> None:
+  """Measures everything in turns, and prints a table and one JSON object."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--quick', action='store_true', help='fewer tokens and repeats')
+  quick = parser.parse_args().quick
+  new_tokens, repeats = (64, 3) if quick else (192, 9)
+  params = ExitLM(CONFIG).init(jax.random.key(0))
+  cases = [Ours(case, params, new_tokens=new_tokens) for case in CASES]
+  theirs = Theirs(params, new_tokens=new_tokens)
+  rates = Rates(sum_bytes=SUM_BYTES)
+  measures = {**rates.measures, 'theirs': theirs.call}
+  for i, case in enumerate(cases):
+    measures |= {f'call_{i}': case.call, f'steps_{i}': case.steps}
+  seconds = _in_turns(measures, repeats)
+  bandwidth = SUM_BYTES / min(seconds['sum_xla'], seconds['sum_torch'])
+  matmul_rate = 2 * MATMUL**3 / min(seconds['matmul_xla'], seconds['matmul_torch'])
+  rows = [
+    _row(case, seconds[f'call_{i}'], seconds[f'steps_{i}'], bandwidth, matmul_rate)
+    for i, case in enumerate(cases)
+  ]
+  rows.append(
+    {
+      'name': 'transformers generate',
+      'batch': 1,
+      'tokens_per_s': new_tokens / seconds['theirs'],
+    }
+  )
+  _print_table(rows, bandwidth, matmul_rate)
+  same = np.mean(np.equal(theirs.tokens, cases[0].result.tokens[0]))
+  print(f'greedy tokens equal to transformers: {same:.0%}')
+  goals = [
+    _goal('vs_transformers', seconds['theirs'] / seconds['call_0'], 3.0),
+    _goal('of_roofline', rows[0]['of_roofline'], 0.9),
+  ]
+  for goal in goals:
+    outcome = 'met' if goal['met'] else 'missed'
+    print(f'{goal["name"]}: {goal["value"]:.2f} (goal {goal["op"]} {goal["goal"]}): {outcome}')
+  measured = {'bandwidth_gb_s': bandwidth / 1e9, 'matmul_gflop_s': matmul_rate / 1e9}
+  print(
+    json.dumps(
+      {
+        'benchmark': 'decode',
+        'commit': _commit(),
+        'machine': {**_machine(), **measured},
+        'rows': rows,
+        'goals': goals,
+      }
+    )
+  )
+
+
+# Accounting.
+
+
+def _row(
+  ours: Ours, call: float, steps: float, bandwidth: float, matmul_rate: float
+) -> dict[str, Any]:
+  batch, new_tokens = ours.case.batch, ours.new_tokens
+  row: dict[str, Any] = {
+    'name': ours.case.name,
+    'batch': batch,
+    'tokens_per_s': batch * new_tokens / call,
+    'ms_per_step': steps / new_tokens * 1e3,
+    'effective_layers': ours.result.effective_layers,
+  }
+  if isinstance(ours.case.policy, decode.FullDepth):
+    bound = _bound(ours, bandwidth, matmul_rate)
+    row |= {'bound_ms': bound * 1e3, 'of_roofline': bound / (steps / new_tokens)}
+  return row
+
+
+def _bound(ours: Ours, bandwidth: float, matmul_rate: float) -> float:
+  """Least seconds of a mean step: all weights and the keys and values that exist are read once."""
+  cfg, batch = CONFIG, ours.case.batch
+  weights = sum(leaf.size for leaf in jax.tree.leaves(ours.params))
+  keys = PROMPT + (ours.new_tokens - 1) / 2
+  cached = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * keys * batch
+  num_bytes = 4 * (weights + cached)
+  attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys * batch
+  return max(num_bytes / bandwidth, (2 * weights * batch + attention) / matmul_rate)
+
+
+def _goal(name: str, value: float, goal: float) -> dict[str, Any]:
+  return {'name': name, 'value': value, 'op': '>=', 'goal': goal, 'met': bool(value >= goal)}
+
+
+def _in_turns(measures: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+  """Median seconds of each measure, taken in turns so that all see the same machine."""
+  seconds: dict[str, list[float]] = {name: [] for name in measures}
+  for _ in range(repeats):
+    for name, measure in measures.items():
+      # Threads of the library that ran before spin for a moment.
+      time.sleep(0.3)
+      seconds[name].append(measure())
+  return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _seconds(act: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  act()
+  return time.perf_counter() - start
+
+
+# The same weights on both sides.
+
+
+def _with_exit_norms(params: Params, model: ExitLM) -> Params:
+  """The same backbone with freshly initialised exit heads."""
+  return {**model.init(jax.random.key(1)), **params}
+
+
+def _llama(params: Params) -> Any:
+  config = transformers.LlamaConfig(
+    vocab_size=CONFIG.vocab_size,
+    hidden_size=CONFIG.embed_dim,
+    intermediate_size=CONFIG.mlp_dim,
+    num_hidden_layers=CONFIG.num_layers,
+    num_attention_heads=CONFIG.num_heads,
+    num_key_value_heads=CONFIG.num_kv_heads,
+    max_position_embeddings=CONFIG.max_length,
+    rms_norm_eps=CONFIG.norm_epsilon,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+  )
+  model = transformers.LlamaForCausalLM(config).eval().float()
+  blocks, width = params['blocks'], CONFIG.embed_dim
+  weights = {
+    'model.embed_tokens.weight': params['embed']['matrix'],
+    'model.norm.weight': params['norm']['scale'],
+  }
+  for i in range(CONFIG.num_layers):
+    block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
+    attention, mlp, prefix = block['attention'], block['mlp'], f'model.layers.{i}.'
+    for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v')):
+      kernel = attention[ours]['kernel'].reshape(width, -1)
+      weights[f'{prefix}self_attn.{theirs}_proj.weight'] = kernel.T
+    weights[f'{prefix}self_attn.o_proj.weight'] = attention['output']['kernel'].reshape(-1, width).T
+    for name in ('gate', 'up', 'down'):
+      weights[f'{prefix}mlp.{name}_proj.weight'] = mlp[name]['kernel'].T
+    weights[f'{prefix}input_layernorm.weight'] = block['attention_norm']['scale']
+    weights[f'{prefix}post_attention_layernorm.weight'] = block['mlp_norm']['scale']
+  tensors = {name: torch.tensor(np.array(value)) for name, value in weights.items()}
+  missing, unexpected = model.load_state_dict(tensors, strict=False)
+  if unexpected or set(missing) - {'lm_head.weight'}:
+    raise RuntimeError(f'weights do not fit: missing {missing}, unexpected {unexpected}')
+  model.tie_weights()
+  return model
+
+
+def _check_logits(params: Params, model: Any) -> None:
+  tokens = np.asarray(_prompts(1))
+  positions = np.arange(PROMPT)[None]
+  ours = logits_at_exits(ExitLM(CONFIG), params, tokens, np.ones_like(tokens), positions)[-1]
+  with torch.inference_mode():
+    theirs = model(torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def _prompts(batch: int) -> list[list[int]]:
+  rng = np.random.default_rng(0)
+  return rng.integers(0, CONFIG.vocab_size, (batch, PROMPT)).tolist()
+
+
+# Printing.
+
+
+def _print_table(rows: Sequence[dict[str, Any]], bandwidth: float, matmul_rate: float) -> None:
+  print(f'bandwidth {bandwidth / 1e9:.1f} GB/s, matmul {matmul_rate / 1e9:.0f} GFLOP/s')
+  columns = ('tokens_per_s', 'ms_per_step', 'bound_ms', 'of_roofline', 'effective_layers')
+  print(f'{"":30}{"batch":>6}' + ''.join(f'{name:>18}' for name in columns))
+  for row in rows:
+    cells = (f'{row[name]:18.2f}' if name in row else ' ' * 18 for name in columns)
+    print(f'{row["name"]:30}{row["batch"]:6}' + ''.join(cells))
+
+
+def _commit() -> str:
+  root = Path(__file__).resolve().parent.parent
+  command = ['git', '-C', str(root), 'rev-parse', '--short', 'HEAD']
+  return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _machine() -> dict[str, Any]:
+  return {
+    'platform': platform.platform(),
+    'processor': platform.machine(),
+    'cores': len(jax.devices()) if jax.default_backend() != 'cpu' else torch.get_num_threads(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'torch': torch.__version__,
+    'transformers': transformers.__version__,
+  }
+
+
+if __name__ == '__main__':
+  main()
