@@ -5,15 +5,17 @@ Caches, loops and schedules are plain functions elsewhere; modules name logical 
 
 # Configuration.
 # Modules.
+from exitax.layers import platform
 from exitax.layers.attention import AttendFn, Attention
 from exitax.layers.block import Block, constrain_stream
+from exitax.layers.causal import causal_attention
 from exitax.layers.config import BlockConfig, Precision
 from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
 
 # Functions.
 from exitax.layers.kernels import MASKED_LOGIT, cached_attention, dot_product_attention
-from exitax.layers.linear import Linear, project
+from exitax.layers.linear import Linear, contract, project
 from exitax.layers.mlp import SwiGLU
 from exitax.layers.norm import RMSNorm, rms_normalise
 from exitax.layers.rotary import (
@@ -42,11 +44,14 @@ __all__ = [
   'SwiGLU',
   'VocabMatrix',
   'cached_attention',
+  'causal_attention',
   'constrain_stream',
+  'contract',
   'dot_product_attention',
   'embed_tokens',
   'inverse_frequencies',
   'make_rotary',
+  'platform',
   'project',
   'rms_normalise',
   'rotate',

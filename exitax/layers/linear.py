@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from exitax.layers import platform
 from exitax.layers.config import Precision
+
+# Below so many rows a product is bound by reading its matrix, which must not be widened first.
+MIN_ROWS_TO_WIDEN = 64
 
 
 def project(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
   """`x @ kernel` over the last axis of `x`, accumulated in at least float32.
+
+  The gradient's products take operands of the precision's dtype too and accumulate in at least
+  float32; the kernel's gradient is never rounded to less.
 
   Args:
     x: `[..., features_in]`.
@@ -23,10 +32,59 @@ def project(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
   Returns:
     `[..., features_out]` in the precision's dtype.
   """
-  dtype = precision.dtype
-  wide = jnp.promote_types(dtype, jnp.float32)
-  x, kernel = x.astype(dtype), kernel.astype(dtype)
-  return jnp.matmul(x, kernel, preferred_element_type=wide).astype(dtype)
+  # Products of rank 2 need no transposed copies on the CPU. Under a mesh the axes stay apart: batch
+  # and length may lie on different mesh axes.
+  if x.ndim <= 2 or platform.partitioned():
+    return _project(x, kernel, precision)
+  flat = _project(x.reshape(-1, x.shape[-1]), kernel, precision)
+  return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def contract(
+  a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int]], *, num_batch: int = 0
+) -> jax.Array:
+  """Sum of products over `axes` of two arrays of one dtype, in at least float32.
+
+  Args:
+    a: any shape.
+    b: any shape; its first `num_batch` axes are those of `a`.
+    axes: the axes of `a` and of `b` that are summed over.
+    num_batch: leading axes that stay apart.
+
+  Returns:
+    The batch axes, the other axes of `a`, the other axes of `b`; float32 or wider.
+  """
+  wide = jnp.promote_types(a.dtype, jnp.float32)
+  rows = math.prod(size for i, size in enumerate(a.shape) if i not in axes[0])
+  if a.dtype == jnp.bfloat16 and rows >= MIN_ROWS_TO_WIDEN and platform.emulates_bfloat16():
+    a, b = a.astype(wide), b.astype(wide)  # The same products: bfloat16 pairs are exact in float32.
+  batch = tuple(range(num_batch))
+  return jax.lax.dot_general(a, b, (axes, (batch, batch)), preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
+  return _project_forward(x, kernel, precision)[0]
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array, precision: Precision) -> Any:
+  dtype, like_x = precision.dtype, jnp.zeros((), x.dtype)
+  x = x.astype(dtype)
+  y = contract(x, kernel.astype(dtype), ((x.ndim - 1,), (0,))).astype(dtype)
+  # The operand as multiplied is kept: half the memory in bfloat16. The kernel lives anyway.
+  return y, (x, kernel, like_x)
+
+
+def _project_backward(precision: Precision, residuals: Any, gradient: jax.Array) -> Any:
+  x, kernel, like_x = residuals
+  last = x.ndim - 1
+  leading = tuple(range(last))
+  d_x = contract(gradient, kernel.astype(precision.dtype), ((last,), (1,)))
+  d_kernel = contract(x, gradient, (leading, leading))
+  return d_x.astype(like_x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 class Linear(nn.Module):

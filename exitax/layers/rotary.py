@@ -118,9 +118,11 @@ def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
 
   Channel i is paired with channel i + head_dim / 2, as in Hugging Face's Llama checkpoints.
   """
-  first, second = jnp.split(x.astype(rotary.cos.dtype), 2, axis=-1)
-  cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  # Halves as an axis of two that is reversed, not cut and joined: one vectorised loop on the CPU.
+  halves = x.astype(rotary.cos.dtype).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+  cos = rotary.cos[..., None, None, :]
+  sin = jnp.stack([-rotary.sin, rotary.sin], axis=-2)[..., None, :, :]
+  turned = (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x.shape)
   return turned.astype(x.dtype)
 
 

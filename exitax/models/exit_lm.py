@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,11 +21,15 @@ from exitax.layers import (
   constrain_stream,
   embed_tokens,
   make_rotary,
+  platform,
   vocab_logits,
 )
 from exitax.models.config import ExitConfig, ExitMatrix, ModelConfig, Remat
 
 Params = dict[str, Any]
+BlockFn = Callable[[Params, jax.Array], jax.Array]
+
+MAX_UNROLLED = 16  # Layers; deeper models would take minutes to compile.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +115,10 @@ class ExitLM:
   def hidden_at_exits(
     self, params: Params, hidden: jax.Array, *, rotary: Rotary, attend: AttendFn
   ) -> jax.Array:
-    """Runs all (stacked) layers in one scan, keeping the stream where exits are.
+    """Runs all (stacked) layers, keeping the stream where exits are.
 
-    Differentiable; nothing is cached.
+    Differentiable; nothing is cached. One scan, which compiles a single layer; on the CPU, where a
+    scan copies every layer's weights, gradients and activations, shallow models are unrolled.
 
     Args:
       params: parameters with stacked blocks.
@@ -126,21 +131,11 @@ class ExitLM:
     """
     cfg = self.config
     run_block = _rematerialised(self._stateless_block(rotary, attend), cfg.remat)
-    num_exits = len(cfg.exits)
-    # Layers without an exit write to a spare row, so that the scan has no branches.
-    row_of = {exit_config.layer - 1: i for i, exit_config in enumerate(cfg.exits)}
-    rows = jnp.asarray([row_of.get(layer, num_exits) for layer in range(cfg.num_layers)])
-
-    def step(carry: tuple[jax.Array, jax.Array], layer: tuple[Params, jax.Array]) -> Any:
-      hidden, kept = carry
-      block_params, row = layer
-      hidden = run_block(block_params, hidden)
-      return (hidden, jax.lax.dynamic_update_index_in_dim(kept, hidden, row, 0)), None
-
-    # The last layer writes the spare row too: after the scan it holds the final stream.
-    kept = jnp.zeros((num_exits + 1, *hidden.shape), hidden.dtype)
-    (_, kept), _ = jax.lax.scan(step, (hidden, kept), (params['blocks'], rows))
-    return kept
+    # Whoever rematerialises is short of memory, not of time; and XLA would undo it between layers.
+    shallow = cfg.num_layers <= MAX_UNROLLED and cfg.remat is Remat.NONE
+    if platform.on_cpu() and shallow:
+      return self._unrolled(run_block, params, hidden)
+    return self._scanned(run_block, params, hidden)
 
   def exit_features(
     self,
@@ -192,7 +187,32 @@ class ExitLM:
 
   # Helpers.
 
-  def _stateless_block(self, rotary: Rotary, attend: AttendFn) -> Any:
+  def _scanned(self, run_block: BlockFn, params: Params, hidden: jax.Array) -> jax.Array:
+    cfg, num_exits = self.config, len(self.config.exits)
+    # Layers without an exit write to a spare row, so that the scan has no branches.
+    row_of = {exit_config.layer - 1: i for i, exit_config in enumerate(cfg.exits)}
+    rows = jnp.asarray([row_of.get(layer, num_exits) for layer in range(cfg.num_layers)])
+
+    def step(carry: tuple[jax.Array, jax.Array], layer: tuple[Params, jax.Array]) -> Any:
+      hidden, kept = carry
+      block_params, row = layer
+      hidden = run_block(block_params, hidden)
+      return (hidden, jax.lax.dynamic_update_index_in_dim(kept, hidden, row, 0)), None
+
+    # The last layer writes the spare row too: after the scan it holds the final stream.
+    kept = jnp.zeros((num_exits + 1, *hidden.shape), hidden.dtype)
+    (_, kept), _ = jax.lax.scan(step, (hidden, kept), (params['blocks'], rows))
+    return kept
+
+  def _unrolled(self, run_block: BlockFn, params: Params, hidden: jax.Array) -> jax.Array:
+    kept = []
+    for layer, block_params in enumerate(unstack_layers(params['blocks']), start=1):
+      hidden = run_block(block_params, hidden)
+      if layer in self.config.depths:
+        kept.append(hidden)
+    return jnp.stack(kept)
+
+  def _stateless_block(self, rotary: Rotary, attend: AttendFn) -> BlockFn:
     block = Block(self.config.block)
 
     def run(block_params: Params, hidden: jax.Array) -> jax.Array:
@@ -255,7 +275,7 @@ class ExitLM:
 class _KeyChain:
   """Keys by name: adding an exit does not change how the rest of a model is initialised."""
 
-  def __init__(self, key: jax.Array):
+  def __init__(self, key: jax.Array) -> None:
     self._key = key
 
   def __call__(self, name: str) -> jax.Array:
@@ -263,7 +283,28 @@ class _KeyChain:
     return jax.random.fold_in(self._key, digest)
 
 
-def _rematerialised(run_block: Any, remat: Remat) -> Any:
+@jax.custom_vjp
+def unstack_layers(stacked: Params) -> tuple[Params, ...]:
+  """One tree per layer of a tree with leaves `[num_layers, ...]`; gradients are stacked in one go.
+
+  (The gradient of an index is a whole zero array with one row set: num_layers of them to add.)
+  """
+  return _unstack_layers(stacked)[0]
+
+
+def _unstack_layers(stacked: Params) -> tuple[tuple[Params, ...], None]:
+  num_layers = jax.tree.leaves(stacked)[0].shape[0]
+  return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)), None
+
+
+def _stack_layers(_: None, gradients: tuple[Params, ...]) -> tuple[Params]:
+  return (jax.tree.map(lambda *rows: jnp.stack(rows), *gradients),)
+
+
+unstack_layers.defvjp(_unstack_layers, _stack_layers)
+
+
+def _rematerialised(run_block: BlockFn, remat: Remat) -> BlockFn:
   match remat:
     case Remat.NONE:
       return run_block

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from exitax.layers import AttendFn, dot_product_attention
+from exitax.layers import AttendFn, causal_attention
 from exitax.models.exit_lm import ExitLM, Params
 
 
@@ -36,7 +36,7 @@ def packed_attend(mask: jax.Array) -> AttendFn:
   """An `AttendFn` for `[batch, length, heads, head_dim]` that keeps no state."""
 
   def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-    return dot_product_attention(query, key, value, mask), None
+    return causal_attention(query, key, value, mask), None
 
   return attend
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from exitax.layers import Precision
+from exitax.layers import Precision, contract, platform
 
 
 @struct.dataclass
@@ -122,14 +122,16 @@ def _scan_chunks(
   def step(carry: Any, inputs: Any) -> Any:
     loss, d_matrix = carry
     x, target, token_weight, exit_weight = inputs
-    x = x.astype(precision.dtype)
-    logits = jnp.einsum('bcd,vd->bcv', x, operand, preferred_element_type=wide)
+    if not platform.partitioned():  # As in `layers.project`: no transposed copies on the CPU.
+      x, target, token_weight = x.reshape(-1, embed), target.reshape(-1), token_weight.reshape(-1)
+    x, last = x.astype(precision.dtype), x.ndim - 1
+    logits = contract(x, operand, ((last,), (1,)))
     top = jnp.max(logits, axis=-1)
     exponentials = jnp.exp(logits - top[..., None])
     partition = jnp.sum(exponentials, axis=-1)
     log_z = top + jnp.log(partition)
     # No gather: inside a manual mesh region a gather on a sharded axis is not partitioned.
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, last) == target[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     nll = log_z - target_logit
     z = jnp.square(log_z)
@@ -145,9 +147,8 @@ def _scan_chunks(
       of_softmax = scale * (1 + 2 * z_loss * log_z) / partition
       d_logits = of_softmax[..., None] * exponentials - jnp.where(is_target, scale[..., None], 0.0)
       d_logits = d_logits.astype(precision.dtype)
-      d_x = jnp.einsum('bcv,vd->bcd', d_logits, operand, preferred_element_type=wide)
-      d_x = d_x.astype(features.dtype)
-      d_matrix += jnp.einsum('bcv,bcd->vd', d_logits, x, preferred_element_type=wide)
+      d_x = contract(d_logits, operand, ((last,), (0,))).astype(features.dtype)
+      d_matrix += contract(d_logits, x, (tuple(range(last)), tuple(range(last))))
     return (loss, d_matrix), (sums, d_x)
 
   # One scan over (exit, chunk) pairs, exits outermost.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from exitax import layers
-from exitax.layers import Precision
+from exitax.layers import Precision, linear
 
 
 def _linear(precision: Precision, *, use_bias: bool = True) -> layers.Linear:
@@ -68,6 +68,46 @@ def test_bfloat16_gradients_follow_float32():
   for got, wanted in zip(narrow, wide, strict=True):
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, wanted, atol=0.02 * float(jnp.abs(wanted).max()))
+
+
+def test_emulated_bfloat16_products_are_those_of_the_hardware(monkeypatch):
+  """Products of bfloat16 pairs are exact in float32, so only the order of summation differs."""
+  rng = np.random.default_rng(4)
+  x = jnp.asarray(rng.normal(size=(2, linear.MIN_ROWS_TO_WIDEN, 32)), jnp.bfloat16)
+  kernel = jnp.asarray(rng.normal(size=(32, 24)), jnp.float32)
+  up = jnp.asarray(rng.normal(size=(2, linear.MIN_ROWS_TO_WIDEN, 24)), jnp.bfloat16)
+
+  def results(emulates):
+    monkeypatch.setattr(layers.platform, 'emulates_bfloat16', lambda: emulates)
+    y, vjp = jax.vjp(lambda x, k: layers.project(x, k, Precision.BFLOAT16), x, kernel)
+    return y, *vjp(up)
+
+  for got, wanted in zip(results(True), results(False), strict=True):
+    assert got.dtype == wanted.dtype
+    got, wanted = (np.asarray(array, np.float32) for array in (got, wanted))
+    np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=1e-4)
+
+
+def test_kernel_gradient_of_bfloat16_is_not_rounded():
+  x = jnp.ones((4, 1), jnp.bfloat16)
+  up = jnp.asarray([[256.0], [1.0], [1.0], [1.0]], jnp.bfloat16)  # 259 is no bfloat16 number.
+  _, vjp = jax.vjp(lambda k: layers.project(x, k, Precision.BFLOAT16), jnp.ones((1, 1)))
+  assert vjp(up)[0].item() == 259.0
+
+
+def test_axes_stay_apart_under_a_mesh_with_equal_results(monkeypatch):
+  rng = np.random.default_rng(5)
+  x, kernel, up = (
+    jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 4), (4, 5), (2, 3, 5))
+  )
+
+  def results(partitioned):
+    monkeypatch.setattr(layers.platform, 'partitioned', lambda: partitioned)
+    y, vjp = jax.vjp(lambda x, k: layers.project(x, k, Precision.FLOAT32), x, kernel)
+    return y, *vjp(up)
+
+  for got, wanted in zip(results(True), results(False), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_initial_kernel_has_the_given_spread_and_axes():

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exitax import models
+from exitax import layers, models
 from exitax.layers import HeadKind, Precision
-from exitax.models import ExitConfig, ExitLM, ExitMatrix, ModelConfig, Remat
+from exitax.models import ExitConfig, ExitLM, ExitMatrix, ModelConfig, Remat, exit_lm
 
 BASE = ModelConfig(
   vocab_size=40,
@@ -190,7 +190,7 @@ def test_vocabulary_matrices_are_the_configured_ones(random_params):
     assert tied.vocab_matrix(tied_params, exit_config) is tied_params['embed']['matrix']
 
 
-def test_rematerialisation_changes_no_gradient(x64, random_params, packed_batch):
+def test_rematerialisation_changes_no_gradient(x64, random_params, packed_batch, monkeypatch):
   batch = packed_batch((3, 2), vocab_size=40)
   config = dataclasses.replace(
     FULL, num_layers=2, exits=EXITS[:1], precision=Precision.FLOAT64, embed_dim=8
@@ -208,6 +208,8 @@ def test_rematerialisation_changes_no_gradient(x64, random_params, packed_batch)
   )
   plain_loss, plain = gradient(params, Remat.NONE)
   products = {}
+  # As on other platforms: one scan with and without rematerialisation, so that counts compare.
+  monkeypatch.setattr(layers.platform, 'on_cpu', lambda: False)
   for remat in Remat:
     value, got = gradient(params, remat)
     np.testing.assert_allclose(value, plain_loss, rtol=1e-12)
@@ -216,6 +218,29 @@ def test_rematerialisation_changes_no_gradient(x64, random_params, packed_batch)
     products[remat] = str(program).count('dot_general')
   # FULL runs weight products again, DOTS those of attention only.
   assert products[Remat.NONE] < products[Remat.DOTS] < products[Remat.FULL]
+
+
+def test_unrolled_layers_equal_scanned_ones(x64, random_params, packed_batch, monkeypatch):
+  batch = packed_batch((3, 2), vocab_size=40)
+  model = ExitLM(dataclasses.replace(FULL, precision=Precision.FLOAT64))
+  params = random_params(model)
+
+  def results():
+    # A new function each time: the platform is asked while tracing.
+    def loss(params):
+      return jnp.mean(jnp.tanh(models.logits_at_exits(model, params, **batch)) ** 2)
+
+    program = str(jax.make_jaxpr(loss)(params))
+    return 'scan' in program, jax.jit(jax.value_and_grad(loss))(params)
+
+  scans, unrolled = results()
+  assert not scans
+  monkeypatch.setattr(exit_lm, 'MAX_UNROLLED', model.config.num_layers - 1)
+  scans, scanned = results()
+  assert scans
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-14), unrolled, scanned
+  )
 
 
 def test_boxes_do_not_leak():

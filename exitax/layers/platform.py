@@ -1,0 +1,40 @@
+"""What the hardware asks of the layers; every choice is made while tracing, none changes the math."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+
+# Names that Linux gives to instructions which multiply bfloat16 pairs (x86: AVX-512, AMX; Arm).
+_BFLOAT16_FLAGS = frozenset({'avx512_bf16', 'amx_bf16', 'bf16'})
+
+
+def on_cpu() -> bool:
+  """Whether programs are compiled for the CPU unless somebody asks otherwise."""
+  return jax.default_backend() == 'cpu'
+
+
+def partitioned() -> bool:
+  """Whether the ambient mesh lets the compiler split arrays over devices.
+
+  False outside a mesh, on a mesh of one device, and where every axis is manual (`jax.shard_map`).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return any(mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in mesh.manual_axes)
+
+
+def emulates_bfloat16() -> bool:
+  """Whether bfloat16 products are slower than float32 ones: CPUs without instructions for them."""
+  return on_cpu() and not _cpu_flags() & _BFLOAT16_FLAGS
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+  try:
+    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+  except OSError:
+    return frozenset()
+  flags = (line.partition(':')[2] for line in lines if line.startswith(('flags', 'Features')))
+  return frozenset(next(flags, '').split())
