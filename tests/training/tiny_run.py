@@ -19,8 +19,10 @@ VERBS = ('watches', 'follows', 'forgets', 'greets')
 
 
 def write_text(folder: Path, *, num_files: int = 40) -> Path:
-  """Files of sentences in which later words follow from earlier ones."""
-  folder.mkdir(parents=True, exist_ok=True)
+  """Files of sentences in which later words follow from earlier ones; what is there stays."""
+  if folder.exists():
+    return folder
+  folder.mkdir(parents=True)
   rng = random.Random(0)
   for index in range(num_files):
     sentences = []
