@@ -20,7 +20,7 @@ from exitax.evaluate.speed import SpeedReport, measure_speed
 from exitax.evaluate.thresholds import oracle_score, threshold_rows
 from exitax.evaluate.token_table import TokenTable, token_table
 from exitax.objectives import ExitScore
-from exitax.parallel import MeshConfig, ShardingRules, make_mesh, use
+from exitax.parallel import MeshConfig, ShardingRules, current_rules, make_mesh, use
 
 
 def evaluate(
@@ -40,7 +40,8 @@ def evaluate(
     loaded: the model, from `exitax.checkpoint.load_model`.
     data: text in the model's own tokenizer.
     config: how much to measure.
-    rules: how batches are spread over the mesh, as for `load_model`.
+    rules: how batches are spread over the mesh, as for `load_model`; by default those of the
+      surrounding `exitax.parallel.use`, or else the usual ones.
     progress: how the two long steps show themselves.
 
   Raises:
@@ -51,6 +52,7 @@ def evaluate(
   check_tokenizer(
     data.tokenizer, expected_digest=loaded.tokenizer.digest, where=str(loaded.directory)
   )
+  rules = rules or current_rules() or ShardingRules()
   mesh = _mesh_of(loaded.params)
   with use(mesh, rules):
     decoder = _decoder(loaded, data, config)  # First: what does not fit fails before long work.

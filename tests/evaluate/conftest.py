@@ -12,7 +12,7 @@ from exitax import data, evaluate
 from exitax.checkpoint import LoadedModel
 from exitax.models import ExitConfig, ExitLM, ModelConfig
 from exitax.objectives import ExitScore
-from exitax.parallel import MeshConfig, ShardingRules, make_mesh, tree_shardings
+from exitax.parallel import MeshConfig, ShardingRules, init_sharded, make_mesh
 
 DEPTHS = (1, 2, 4)
 BYTES_PER_TOKEN = 2.0
@@ -51,11 +51,10 @@ def make_loaded(tokenizer, mesh, **changes) -> LoadedModel:
     }
   )
   model = ExitLM(config)
-  params = jax.tree.map(lambda x: x * 5, jax.jit(model.init)(jax.random.key(1)))
-  shardings = tree_shardings(params, model.logical_axes(), mesh, ShardingRules())
+  params = init_sharded(model.init, jax.random.key(1), model.logical_axes(), mesh, ShardingRules())
   return LoadedModel(
     model=model,
-    params=jax.device_put(params, shardings),
+    params=jax.tree.map(lambda x: x * 5, params),
     tokenizer=tokenizer,
     step=7,
     directory=Path('runs/tiny'),

@@ -62,10 +62,9 @@ def assert_equal(table, expected):
     np.testing.assert_allclose(table.confidence[name], expected[name], atol=1e-4)
 
 
-@pytest.mark.parametrize('chunk_length', [16, 5])
-def test_the_table_is_what_whole_logits_give(loaded, corpus, one_device, chunk_length):
+def test_the_table_is_what_whole_logits_give(loaded, corpus, one_device):
   batches = list(corpus.eval_loader(max_rows=6))
-  table = table_of(loaded, batches, mesh=one_device, chunk_length=chunk_length)
+  table = table_of(loaded, batches, mesh=one_device, chunk_length=5)
   expected = naive(loaded, batches)
   assert table.num_tokens == sum(int(np.sum(batch.weights)) for batch in batches)
   assert 0 < expected['agrees'][:-1].mean() < 1  # Else the comparison says little.
