@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -116,7 +117,7 @@ def load_model(
   )
 
 
-def _read_content(directory: Path) -> dict:
+def _read_content(directory: Path) -> dict[str, Any]:
   content = read_json(directory / MODEL_FILE)
   known = (
     isinstance(content, dict)
@@ -131,7 +132,7 @@ def _read_content(directory: Path) -> dict:
   return content
 
 
-def _check_same(directory: Path, *, found: dict, wanted: dict) -> None:
+def _check_same(directory: Path, *, found: dict[str, Any], wanted: dict[str, Any]) -> None:
   if found['tokenizer_digest'] != wanted['tokenizer_digest']:
     raise UserError(
       f'{directory} was made with another tokenizer '

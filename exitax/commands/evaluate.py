@@ -16,7 +16,7 @@ from exitax.checkpoint import CheckpointError, load_model, read_model
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
 from exitax.commands.train import CONFIG_FILE
-from exitax.data import DataConfig, build_data
+from exitax.data import DataConfig, build_data, progress_bar
 from exitax.errors import UserError
 from exitax.evaluate import (
   EvaluateConfig,
@@ -63,7 +63,7 @@ def evaluate_directory(
   loaded = load_model(model_dir, mesh=mesh, rules=rules, step=step)
   data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
   with use(mesh, rules):
-    report = evaluate(loaded, data, gin_config.build(EvaluateConfig))
+    report = evaluate(loaded, data, gin_config.build(EvaluateConfig), progress=progress_bar)
   return report, write_report(report, output or model_dir / EVALUATION_FOLDER)
 
 

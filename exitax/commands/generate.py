@@ -148,7 +148,7 @@ def show(
   console.print(depth_summary(completion.exit_layers, depths), style='dim', markup=False)
 
 
-def _stream(model: LanguageModel, prompt: str, settings: dict, console: Console) -> None:
+def _stream(model: LanguageModel, prompt: str, settings: dict[str, Any], console: Console) -> None:
   """Prints tokens as they are chosen."""
   depths, layers = model.config.depths, []
   console.print(prompt, style='bold', end='', markup=False)
@@ -188,7 +188,7 @@ def _thresholds(text: str) -> float | tuple[float, ...]:
   return values[0] if len(values) == 1 else values
 
 
-def _as_json(completion: TextCompletion) -> dict:
+def _as_json(completion: TextCompletion) -> dict[str, Any]:
   fields = dataclasses.asdict(completion)
   fields['stop_reason'] = completion.stop_reason.name.lower()
   return {**fields, 'effective_layers': completion.effective_layers}

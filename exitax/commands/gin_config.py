@@ -5,25 +5,31 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib.util  # noqa: F401  (gin's search path needs it imported)
+import importlib.util
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gin.config
+
 import gin
-from exitax import checkpoint, data, evaluate, layers, models, objectives, parallel, training
-from exitax.errors import UserError
+from exitax import checkpoint, data, evaluate, models, objectives, parallel, training
+from exitax.errors import UserError, choose
+from exitax.layers import HeadKind, RopeConfig
 
 Built = TypeVar('Built')
+
+# gin looks for files inside packages and relies on somebody having loaded this module.
+_ = importlib.util
 
 _MACRO = 'gin.macro'
 
 CONFIGURABLE_CLASSES: tuple[type, ...] = (
   models.ModelConfig,
   models.ExitConfig,
-  layers.RopeConfig,
+  RopeConfig,
   objectives.ObjectiveConfig,
   objectives.ExitWeight,
   data.DataConfig,
@@ -50,7 +56,9 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
 
 def exits(layers: Sequence[int], *, head: str = 'norm', matrix: str = 'final') -> tuple[Any, ...]:
   """Exits of one kind after each of `layers`: the short way to write `ModelConfig.exits`."""
-  return tuple(models.ExitConfig(layer=n, head=head, matrix=matrix) for n in layers)
+  kind = choose(HeadKind, head, name='exits.head')
+  source = choose(models.ExitMatrix, matrix, name='exits.matrix')
+  return tuple(models.ExitConfig(layer=n, head=kind, matrix=source) for n in layers)
 
 
 def exit_weights(
@@ -65,11 +73,12 @@ def exit_weights(
   Raises:
     UserError: `start` and `end` are not of the same length.
   """
+  shape = choose(objectives.WeightCurve, curve, name='exit_weights.curve')
   ends = tuple(end) if end is not None else tuple(start)
   if len(ends) != len(start):
     raise UserError(f'exit_weights: {len(start)} start and {len(ends)} end weights: give as many')
   return tuple(
-    objectives.ExitWeight(start=first, end=last, steps=steps, curve=curve)
+    objectives.ExitWeight(start=first, end=last, steps=steps, curve=shape)
     for first, last in zip(start, ends, strict=True)
   )
 

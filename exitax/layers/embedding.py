@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from exitax.layers.config import Precision
+from exitax.layers.parameter import parameter
 
 
 class VocabMatrix(nn.Module):
@@ -24,8 +25,9 @@ class VocabMatrix(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ('vocab', 'embed'))
-    return self.param('matrix', init, (self.vocab_size, self.embed_dim))
+    init = nn.initializers.normal(self.init_std)
+    shape = (self.vocab_size, self.embed_dim)
+    return parameter(self, 'matrix', init, shape=shape, axes=('vocab', 'embed'))
 
 
 def embed_tokens(matrix: jax.Array, tokens: jax.Array, precision: Precision) -> jax.Array:

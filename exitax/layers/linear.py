@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from exitax.layers import platform
 from exitax.layers.config import Precision
+from exitax.layers.parameter import parameter
 
 # Below so many rows a product is bound by reading its matrix, which must not be widened first.
 MIN_ROWS_TO_WIDEN = 64
@@ -36,7 +37,7 @@ def project(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
   # and length may lie on different mesh axes.
   if x.ndim <= 2 or platform.partitioned():
     return _project(x, kernel, precision)
-  flat = _project(x.reshape(-1, x.shape[-1]), kernel, precision)
+  flat: Any = _project(x.reshape(-1, x.shape[-1]), kernel, precision)
   return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -113,14 +114,13 @@ class Linear(nn.Module):
     num_in = len(self.axes_in)
     leading, shape_in = x.shape[:-num_in], x.shape[-num_in:]
     shape = (*shape_in, *self.features)
-    kernel_init = nn.with_logical_partitioning(
-      nn.initializers.normal(self.init_std), (*self.axes_in, *self.axes_out)
-    )
-    kernel = self.param('kernel', kernel_init, shape)
+    kernel_init = nn.initializers.normal(self.init_std)
+    axes = (*self.axes_in, *self.axes_out)
+    kernel = parameter(self, 'kernel', kernel_init, shape=shape, axes=axes)
     matrix = kernel.reshape(math.prod(shape_in), math.prod(self.features))
     y = project(x.reshape(*leading, math.prod(shape_in)), matrix, self.precision)
     y = y.reshape(*leading, *self.features)
     if self.use_bias:
-      bias_init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes_out))
-      y = y + self.param('bias', bias_init, tuple(self.features)).astype(y.dtype)
+      bias = parameter(self, 'bias', nn.initializers.zeros, shape=self.features, axes=self.axes_out)
+      y = y + bias.astype(y.dtype)
     return y

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from exitax.layers.parameter import parameter
+
 
 def rms_normalise(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   """`x / rms(x) * scale` over the last axis, computed in at least float32; dtype of `x` kept."""
@@ -27,6 +29,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones, (self.logical_axis,))
-    scale = self.param('scale', init, (x.shape[-1],))
+    scale = parameter(
+      self, 'scale', nn.initializers.ones, shape=(x.shape[-1],), axes=(self.logical_axis,)
+    )
     return rms_normalise(x, scale, self.epsilon)

@@ -22,6 +22,7 @@ from exitax.layers import (
   embed_tokens,
   make_rotary,
   platform,
+  rms_normalise,
   vocab_logits,
 )
 from exitax.models.config import ExitConfig, ExitMatrix, ModelConfig, Remat
@@ -159,8 +160,8 @@ class ExitLM:
       Features `[..., embed]`, and `attend`'s state (None unless the head is a LAYER).
     """
     if exit_config is None:
-      norm = RMSNorm(self.config.norm_epsilon)
-      return norm.apply({'params': params['norm']}, hidden), None
+      scale = params['norm']['scale']
+      return rms_normalise(hidden, scale, self.config.norm_epsilon), None
     head = ExitHead(self.config.block, exit_config.head)
     exit_params = params.get('exits', {}).get(str(exit_config.layer), {})
     variables = {'params': exit_params.get('head', {})}
@@ -170,7 +171,7 @@ class ExitLM:
   def vocab_matrix(self, params: Params, exit_config: ExitConfig | None) -> jax.Array:
     """The `[vocab, embed]` matrix that an exit (None: the final head) reads."""
     matrix = ExitMatrix.FINAL if exit_config is None else exit_config.matrix
-    if matrix is ExitMatrix.OWN:
+    if exit_config is not None and matrix is ExitMatrix.OWN:
       return params['exits'][str(exit_config.layer)]['matrix']
     if matrix is ExitMatrix.SHARED:
       return params['shared_exit']['matrix']
@@ -245,7 +246,7 @@ class ExitLM:
   def _init_blocks(self, key: jax.Array) -> Params:
     block, example = Block(self.config.block), self._example()
 
-    def init(layer_key: jax.Array) -> Params:
+    def init(layer_key: jax.Array) -> Any:
       return block.init(layer_key, *example)['params']
 
     boxed = jax.vmap(init)(jax.random.split(key, self.config.num_layers))
@@ -269,7 +270,12 @@ class ExitLM:
   def _example(self) -> tuple[jax.Array, Rotary, AttendFn]:
     """Arguments of the smallest call of a block, for initialisation."""
     hidden = jnp.zeros((1, 1, self.config.embed_dim), self.config.precision.dtype)
-    return hidden, self.rotary(jnp.zeros((1, 1), jnp.int32)), lambda q, k, v: (q, None)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
+      del key, value
+      return query, None
+
+    return hidden, self.rotary(jnp.zeros((1, 1), jnp.int32)), attend
 
 
 class _KeyChain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def exit_objective(
   sums: dict[int, ExitSums] = {}
   # Exits that read the same matrix go through it together, so that its gradient exists once.
   for group in _groups(matrices):
-    group_loss, group_sums = exit_cross_entropy(
+    result: Any = exit_cross_entropy(
       jnp.stack([features[i] for i in group]),
       matrices[group[0]],
       batch.targets,
@@ -118,6 +118,7 @@ def exit_objective(
       config.chunk_length,
       model.config.precision,
     )
+    group_loss, group_sums = result
     loss += group_loss
     for place, i in enumerate(group):
       sums[i] = jax.tree.map(lambda x, place=place: x[place], group_sums)

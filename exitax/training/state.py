@@ -46,8 +46,9 @@ def state_shardings(
   params = jax.eval_shape(model.init, jax.random.key(0))
   params_shardings = tree_shardings(params, model.logical_axes(), mesh, rules)
   opt_state = jax.eval_shape(optimizer.init, params)
+  step: Any = replicated(mesh)  # A sharding where the state has an array.
   return TrainState(
-    step=replicated(mesh),
+    step=step,
     params=params_shardings,
     opt_state=shardings_like(opt_state, params, params_shardings),
   )

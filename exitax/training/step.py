@@ -87,7 +87,7 @@ def make_train_step(
       learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
       exit_weights=weights,
     )
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return step

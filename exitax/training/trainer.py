@@ -163,7 +163,7 @@ class _Trainer:
           f'initial_checkpoint={self._loop.initial_checkpoint} holds a model of another shape: '
           'use its ModelConfig, or train from scratch'
         )
-      state = state.replace(params=source.params)
+      state = dataclasses.replace(state, params=source.params)
     return state, 0
 
   def _check_model_dir(self) -> None:

@@ -40,7 +40,7 @@ TRAIN_MISTAKES = {
     ('--gin.exit_weights.start=(0.5,)',),
     '1 exit weights for 2 exits',
   ),
-  'unknown head': (("--gin.exits.head='big'",), "ExitConfig.head='big' is not known"),
+  'unknown head': (("--gin.exits.head='big'",), "exits.head='big' is not known"),
   'rows beyond the context': (
     ("--gin.TASK_FEATURE_LENGTHS={'targets': 65}",),
     'length=65 exceeds the context max_length=64',
