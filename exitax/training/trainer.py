@@ -15,7 +15,7 @@ import numpy as np
 from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, write_model
 from exitax.data import Data, Shard, build_data, check_tokenizer
 from exitax.errors import UserError
-from exitax.models import ExitLM
+from exitax.models import ExitLM, Remat
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import count_flops, make_mesh, shard_batch, use
 from exitax.training.config import RunConfig
@@ -26,7 +26,7 @@ from exitax.training.metrics import FileMetricsWriter, MetricsWriter
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
 from exitax.training.profiler import ProfilerWindow
 from exitax.training.state import TrainState, abstract_state, init_state
-from exitax.training.step import StepMetrics, make_train_step
+from exitax.training.step import StepMetrics, TrainStepFn, make_train_step
 from exitax.training.throughput import Throughput, total_peak_flops
 
 
@@ -91,15 +91,7 @@ class _Trainer:
     shard = Shard(jax.process_index(), jax.process_count())
     self._loader = data.train_loader(shard)
     self._eval_loader = data.eval_loader(shard, max_rows=self._loop.eval_rows)
-    step_fn = make_train_step(
-      self._model,
-      self._optimizer,
-      objective=config.objective,
-      schedule=self._schedule,
-      accumulation_steps=self._loop.accumulation_steps,
-    )
-    self._step_fn = step_fn
-    self._step = jax.jit(step_fn, donate_argnums=0)
+    self._step = jax.jit(self._make_step(self._model), donate_argnums=0)
     self._score = jax.jit(make_score_fn(self._model, chunk_length=config.objective.chunk_length))
     self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
     self._largest_rms = jax.jit(largest_rms)
@@ -135,6 +127,15 @@ class _Trainer:
       if self._saved_step != step:
         self._save(state, step)
     return TrainResult(step=step, finished=finished, scores=self._scores, params=state.params)
+
+  def _make_step(self, model: ExitLM) -> TrainStepFn:
+    return make_train_step(
+      model,
+      self._optimizer,
+      objective=self._config.objective,
+      schedule=self._schedule,
+      accumulation_steps=self._loop.accumulation_steps,
+    )
 
   def _start(self) -> tuple[TrainState, int]:
     """State and step to go on from: see the restore order of `train`."""
@@ -198,6 +199,7 @@ class _Trainer:
       save = step % loop.checkpoint_period == 0 or last
       evaluate = (loop.eval_period and step % loop.eval_period == 0) or last
       if step % loop.log_period == 0 or save or evaluate:
+        jax.block_until_ready(metrics)  # Steps are dispatched ahead: time what has been done.
         self._report(pending, step, throughput.lap(timed) if timed else {}, writer)
         pending, timed = [], 0
       if evaluate or save:
@@ -209,6 +211,7 @@ class _Trainer:
       if evaluate or save:
         throughput.restart()
     if pending:
+      jax.block_until_ready(pending)
       self._report(pending, step, throughput.lap(timed) if throughput and timed else {}, writer)
       self._check_parameters(state, step, batch)
     return state, step
@@ -274,7 +277,9 @@ class _Trainer:
     self._saved_step = step
 
   def _throughput(self, state: TrainState, batch: Any) -> Throughput:
-    flops = count_flops(self._step_fn, state, batch).flops
+    # Utilisation counts what the model asks for, not what is computed again to save memory.
+    model = ExitLM(dataclasses.replace(self._model.config, remat=Remat.NONE))
+    flops = count_flops(self._make_step(model), state, batch).flops
     tokens = self._config.data.batch_size * self._config.data.length
     peak = total_peak_flops(self._model.config.precision)
     return Throughput(tokens_per_step=tokens, flops_per_step=flops, peak=peak)
