@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -90,7 +92,9 @@ def truncate(cache: KVCache, lengths: jax.Array) -> KVCache:
   """The cache with only the first `lengths` (i32 `[rows]`) columns of each row valid."""
   columns = cache.columns
   kept = jnp.arange(columns.valid.shape[1]) < lengths[:, None]
-  return cache.replace(columns=columns.replace(valid=columns.valid & kept))
+  return dataclasses.replace(
+    cache, columns=dataclasses.replace(columns, valid=columns.valid & kept)
+  )
 
 
 def _write_windows(array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ Worked miniature, exits after layers 2 and 4 of 6, one row, pending_capacity 4:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -191,11 +192,12 @@ def _advance(state: DecodeState, index: int, passed: _Passed) -> DecodeState:
     waiting = state.fill[:, index] - state.fill[:, index + 1]
     pending = _replace(pending, index, _push(pending[index], waiting, passed.hidden, passed.count))
   passes = state.aux.passes.at[:, index].add((passed.count > 0).astype(jnp.int32))
-  return state.replace(
+  return dataclasses.replace(
+    state,
     cache=passed.cache,
     fill=state.fill.at[:, index].add(passed.count),
     pending=pending,
-    aux=state.aux.replace(passes=passes),
+    aux=dataclasses.replace(state.aux, passes=passes),
   )
 
 
@@ -259,13 +261,14 @@ def _decide_at_end(
   if compares:
     same = jnp.argmax(decision.logits, axis=-1) == jnp.argmax(logits, axis=-1)
     agreement = jnp.where(same, Agreement.SAME, Agreement.DIFFERENT)
-  return decision.replace(agreement=agreement)
+  return dataclasses.replace(decision, agreement=agreement)
 
 
 def _take(
   decision: Decision, stops: jax.Array, logits: jax.Array, confidence: jax.Array, layer: int
 ) -> Decision:
-  return decision.replace(
+  return dataclasses.replace(
+    decision,
     undecided=decision.undecided & ~stops,
     logits=jnp.where(stops[:, None], logits, decision.logits),
     exit_layer=jnp.where(stops, layer, decision.exit_layer),
@@ -309,7 +312,9 @@ def _entries(cache: KVCache, layers: range) -> tuple[Any, Any]:
 def _with_entries(cache: KVCache, layers: range, entries: Any, head: Any) -> KVCache:
   kept = cache.layers
   heads = cache.heads if head is None else {**cache.heads, layers.stop: head}
-  return cache.replace(layers=(*kept[: layers.start], *entries, *kept[layers.stop :]), heads=heads)
+  return dataclasses.replace(
+    cache, layers=(*kept[: layers.start], *entries, *kept[layers.stop :]), heads=heads
+  )
 
 
 def _replace(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ def extend(
       head_features[depth], heads[depth] = model.exit_features(
         params, _exit_at(model, depth), hidden, rotary=rotary, attend=attend_to(heads[depth])
       )
-  cache = cache.replace(layers=tuple(filled), heads=heads, columns=columns)
+  cache = dataclasses.replace(cache, layers=tuple(filled), heads=heads, columns=columns)
   return Extension(hidden=hidden, cache=cache, head_features=head_features)
 
 

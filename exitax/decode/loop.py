@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -40,7 +41,7 @@ def prefill_chunk(
     layers=range(model.config.num_layers),
     visibility=visibility,
   )
-  return state.replace(cache=after.cache, fill=state.fill + count[:, None])
+  return dataclasses.replace(state, cache=after.cache, fill=state.fill + count[:, None])
 
 
 def step(
@@ -101,12 +102,14 @@ def _commit(state: DecodeState, decision: Decision, token: jax.Array) -> DecodeS
   stopped = active & jnp.any(token[:, None] == state.requests.stop_tokens, axis=1)
   spent = active & (generated >= state.requests.budget) & ~stopped
   reason = jnp.where(stopped, StopReason.STOP_TOKEN, state.stop_reason)
-  return state.replace(
+  return dataclasses.replace(
+    state,
     tokens=put(state.tokens, token),
     step=generated,
     done=state.done | stopped | spent,
     stop_reason=jnp.where(spent, StopReason.BUDGET, reason),
-    aux=state.aux.replace(
+    aux=dataclasses.replace(
+      state.aux,
       exit_layer=put(state.aux.exit_layer, decision.exit_layer),
       confidence=put(state.aux.confidence, decision.confidence),
       agreement=put(state.aux.agreement, decision.agreement),

@@ -57,7 +57,7 @@ def choose_tokens(logits: jax.Array, requests: Requests, step: jax.Array) -> jax
 
   def sample() -> jax.Array:
     filtered = filter_logits(logits, requests)
-    keys = jax.vmap(token_key)(requests.seed, step)
+    keys = jax.vmap(token_key)(jnp.asarray(requests.seed), step)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     return jnp.where(samples, jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32), greedy)
 

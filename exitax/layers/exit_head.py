@@ -32,8 +32,13 @@ class ExitHead(nn.Module):
   kind: HeadKind
 
   @nn.compact
-  def __call__(self, hidden: jax.Array, rotary: Rotary, attend: AttendFn) -> tuple[jax.Array, Any]:
-    """`[..., embed]` to `[..., embed]`, and `attend`'s state (None unless `kind` is LAYER)."""
+  def __call__(
+    self, hidden: jax.Array, rotary: Rotary | None, attend: AttendFn | None
+  ) -> tuple[jax.Array, Any]:
+    """`[..., embed]` to `[..., embed]`, and `attend`'s state (None unless `kind` is LAYER).
+
+    Only a LAYER head reads `rotary` and `attend`.
+    """
     cfg, state = self.config, None
     if self.kind is HeadKind.EMBEDDING:
       return hidden, None
@@ -41,5 +46,7 @@ class ExitHead(nn.Module):
       normed = RMSNorm(cfg.norm_epsilon, name='mlp_norm')(hidden)
       hidden = hidden + SwiGLU(cfg, name='mlp')(normed)
     elif self.kind is HeadKind.LAYER:
+      if rotary is None or attend is None:
+        raise ValueError('a LAYER head needs rotary and attend')
       hidden, state = Block(cfg, name='block')(hidden, rotary, attend)
     return RMSNorm(cfg.norm_epsilon, name='norm')(hidden), state

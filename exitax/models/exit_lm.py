@@ -144,8 +144,8 @@ class ExitLM:
     exit_config: ExitConfig | None,
     hidden: jax.Array,
     *,
-    rotary: Rotary,
-    attend: AttendFn,
+    rotary: Rotary | None,
+    attend: AttendFn | None,
   ) -> tuple[jax.Array, Any]:
     """What the exit's vocabulary matrix reads; `exit_config` None means the final head.
 
@@ -153,8 +153,8 @@ class ExitLM:
       params: parameters.
       exit_config: which exit.
       hidden: residual stream at the exit, `[..., embed]`.
-      rotary: angles, for LAYER heads.
-      attend: mixes values, for LAYER heads.
+      rotary: angles; LAYER heads need them, others take None.
+      attend: mixes values; as `rotary`.
 
     Returns:
       Features `[..., embed]`, and `attend`'s state (None unless the head is a LAYER).
