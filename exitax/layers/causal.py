@@ -48,13 +48,19 @@ def blocked_attention(
   return _forward(query, key, value, mask)[0]
 
 
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+  """Start and stop of each block of queries; a block sees the keys before its stop."""
+  size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+  return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> Any:
   num_kv_heads = key.shape[2]
   q, k, v = (_heads_first(x, num_kv_heads) for x in (query, key, value))
   k, v = k[:, :, 0], v[:, :, 0]
   scale = query.shape[-1] ** -0.5
   outputs, weights = [], []
-  for start, stop in _blocks(query.shape[1]):
+  for start, stop in attention_blocks(query.shape[1]):
     q_block = _fold(q[:, :, :, start:stop])
     logits = contract(q_block, k[:, :, :stop], ((3,), (3,)), num_batch=2)
     logits = _unfold(logits, stop - start) * scale
@@ -82,7 +88,7 @@ def _backward(residuals: Any, gradient: jax.Array) -> Any:
   along = _heads_first(along, num_kv_heads)
   g = _heads_first(gradient, num_kv_heads)
   d_q, d_k, d_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-  for (start, stop), weight in zip(_blocks(length), weights, strict=True):
+  for (start, stop), weight in zip(attention_blocks(length), weights, strict=True):
     q_block, g_block = _fold(q[:, :, :, start:stop]), _fold(g[:, :, :, start:stop])
     d_weight = contract(g_block, v[:, :, :stop], ((3,), (3,)), num_batch=2)
     d_logits = weight * (d_weight - _fold(along[:, :, :, start:stop])) * scale
@@ -97,11 +103,6 @@ def _backward(residuals: Any, gradient: jax.Array) -> Any:
 
 
 blocked_attention.defvjp(_forward, _backward)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-  size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-  return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _heads_first(x: jax.Array, num_kv_heads: int) -> jax.Array:

@@ -41,9 +41,9 @@ def test_blocks_equal_the_whole_square_and_its_autodiff(x64, monkeypatch, length
 
 
 def test_blocks_do_just_over_half_of_the_square():
-  assert causal._blocks(10) == [(0, 10)]
+  assert causal.attention_blocks(10) == [(0, 10)]
   for length in (256, 2048, 3000):
-    blocks = causal._blocks(length)
+    blocks = causal.attention_blocks(length)
     assert [start for start, _ in blocks[1:]] == [stop for _, stop in blocks[:-1]]
     assert (blocks[0][0], blocks[-1][1]) == (0, length)
     assert len(blocks) <= causal.MAX_BLOCKS
