@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exitax import models
-from exitax.layers import HeadKind, Precision, RopeConfig, RopeScaling
+from exitax.layers import HeadKind, Precision, RopeConfig, RopeScaling, causal
 from exitax.models import ExitConfig, ExitLM, ExitMatrix, ModelConfig
 
 QUICK = {'xla_backend_optimization_level': 0}
@@ -29,6 +29,14 @@ CONFIG = ModelConfig(
     ExitConfig(layer=2, head=HeadKind.MLP, matrix=ExitMatrix.INPUT),
   ),
 )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _several_blocks_of_queries():
+  """Rows as short as these would otherwise be one block of the CPU's attention."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(causal, 'MIN_BLOCK', 3)
+    yield
 
 
 def test_mask_in_a_miniature():

@@ -13,7 +13,7 @@ import pytest
 
 from exitax import checkpoint, data, models, objectives, parallel, training
 from exitax.errors import UserError
-from exitax.layers import HeadKind
+from exitax.layers import HeadKind, causal
 from exitax.models import ExitConfig, ExitLM, ExitMatrix
 
 QUICK = {'xla_backend_optimization_level': 0}
@@ -44,6 +44,14 @@ OBJECTIVE = objectives.ObjectiveConfig(
 # Gradient descent with momentum: what it does is linear in the gradient, unlike Adam's first step.
 SCHEDULE = optax.constant_schedule(0.1)
 OPTIMIZER = optax.sgd(SCHEDULE, momentum=0.9)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _several_blocks_of_queries():
+  """Rows as short as these would otherwise be one block of the CPU's attention."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(causal, 'MIN_BLOCK', 4)
+    yield
 
 
 def _batch() -> data.Batch:
