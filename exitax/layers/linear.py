@@ -33,9 +33,7 @@ def project(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
   Returns:
     `[..., features_out]` in the precision's dtype.
   """
-  # Products of rank 2 need no transposed copies on the CPU. Under a mesh the axes stay apart: batch
-  # and length may lie on different mesh axes.
-  if x.ndim <= 2 or platform.partitioned():
+  if x.ndim <= 2 or not platform.merges_axes(precision.dtype):
     return _project(x, kernel, precision)
   flat: Any = _project(x.reshape(-1, x.shape[-1]), kernel, precision)
   return flat.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -122,7 +122,7 @@ def _scan_chunks(
   def step(carry: Any, inputs: Any) -> Any:
     loss, d_matrix = carry
     x, target, token_weight, exit_weight = inputs
-    if not platform.partitioned():  # As in `layers.project`: no transposed copies on the CPU.
+    if platform.merges_axes(precision.dtype):
       x, target, token_weight = x.reshape(-1, embed), target.reshape(-1), token_weight.reshape(-1)
     x, last = x.astype(precision.dtype), x.ndim - 1
     logits = contract(x, operand, ((last,), (1,)))

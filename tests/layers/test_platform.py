@@ -35,3 +35,15 @@ def test_only_axes_left_to_the_compiler_partition():
   assert seen == [False]
   with jax.set_mesh(jax.make_mesh((1, 1), ('data', 'tensor'), devices=jax.devices()[:1])):
     assert not platform.partitioned()
+
+
+def test_axes_are_merged_except_under_a_mesh_and_for_native_bfloat16_of_a_cpu(monkeypatch):
+  monkeypatch.setattr(platform, '_cpu_flags', lambda: frozenset({'amx_bf16'}))
+  assert platform.merges_axes(jnp.float32)
+  assert not platform.merges_axes(jnp.bfloat16)
+  monkeypatch.setattr(platform, '_cpu_flags', lambda: frozenset({'avx2'}))
+  assert platform.merges_axes(jnp.bfloat16)
+  monkeypatch.setattr(platform, 'on_cpu', lambda: False)
+  assert platform.merges_axes(jnp.bfloat16)
+  monkeypatch.setattr(platform, 'partitioned', lambda: True)
+  assert not platform.merges_axes(jnp.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from exitax import objectives
-from exitax.layers import Precision
+from exitax.layers import Precision, platform
 
 EXITS, BATCH, LENGTH, EMBED, VOCAB = 3, 2, 12, 5, 11
 
@@ -142,6 +142,15 @@ def test_bfloat16_follows_float32():
   for got, want in zip(grads, wanted, strict=True):
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=0.02 * float(np.abs(want).max()))
+
+
+def test_axes_that_stay_apart_change_nothing(x64, monkeypatch):
+  """Under a mesh, batch and length are not merged into one axis of tokens."""
+  arrays = _arrays()
+  merged = _gradients(lambda a: _sliced(a, 0.1, 4), arrays)
+  monkeypatch.setattr(platform, 'merges_axes', lambda dtype: False)
+  apart = _gradients(lambda a: _sliced(a, 0.1, 4), arrays)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), merged, apart)
 
 
 def _all_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
