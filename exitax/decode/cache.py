@@ -98,12 +98,16 @@ def truncate(cache: KVCache, lengths: jax.Array) -> KVCache:
 
 
 def _write_windows(array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-  """Per row, `array[row, :, start : start + lanes] = update[row]`; dropped if it does not fit."""
+  """Per row, `array[row, :, start : start + lanes] = update[row]`; dropped if it does not fit.
+
+  One window per row and head: with a single window XLA on the CPU makes of the scatter an update
+  that it fuses into both the loop's carry and the attention, and copies the cache in between.
+  """
   numbers = jax.lax.ScatterDimensionNumbers(
-    update_window_dims=(0, 1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
+    update_window_dims=(0, 1), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
   )
 
-  def write_row(array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+  def write_head(array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.scatter(
       array,
       start[None],
@@ -113,7 +117,8 @@ def _write_windows(array: jax.Array, update: jax.Array, start: jax.Array) -> jax
       mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
     )
 
-  return jax.vmap(write_row)(array, update.astype(array.dtype), start)
+  starts = jnp.broadcast_to(start[:, None], array.shape[:2])
+  return jax.vmap(jax.vmap(write_head))(array, update.astype(array.dtype), starts)
 
 
 def _place(array: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ Worked miniature, exits after layers 2 and 4 of 6, one row, pending_capacity 4:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -165,13 +166,8 @@ def _run_deep(
 
   carry = (*_entries(state.cache, layers), jnp.zeros_like(pending), jnp.zeros_like(pending[:, 0]))
   for i, num_lanes in enumerate(plan.lane_buckets):
-    # A chain of two-way conditionals: XLA updates their operands in place, while a many-way switch
-    # copies every cache entry that passes through it.
-    carry = jax.lax.cond(
-      (largest > 0) & (bucket == i),
-      lambda carry, num_lanes=num_lanes: run(num_lanes, carry),
-      lambda carry: carry,
-      carry,
+    carry = _run_if(
+      (largest > 0) & (bucket == i), lambda carry, lanes=num_lanes: run(lanes, carry), carry
     )
   entries, head, hidden, at_exit = carry
   cache = _with_entries(state.cache, layers, entries, head)
@@ -315,6 +311,19 @@ def _with_entries(cache: KVCache, layers: range, entries: Any, head: Any) -> KVC
   return dataclasses.replace(
     cache, layers=(*kept[: layers.start], *entries, *kept[layers.stop :]), heads=heads
   )
+
+
+def _run_if(wanted: jax.Array, act: Callable[[Any], Any], carry: Any) -> Any:
+  """`act(carry)` if wanted, else `carry`, as a loop of one round or none.
+
+  Unlike conditionals, loops update what they carry in place: `lax.cond` and `lax.switch` copy the
+  cache entries that pass through them.
+  """
+
+  def once(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    return jnp.zeros_like(state[0]), act(state[1])
+
+  return jax.lax.while_loop(lambda state: state[0], once, (wanted, carry))[1]
 
 
 def _replace(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ from exitax import decode
 from exitax.layers import HeadKind
 from exitax.models import ExitConfig, ExitLM, ModelConfig, logits_at_exits
 
-
 TOLERANCE = 1e-3
 
 
