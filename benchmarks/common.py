@@ -55,9 +55,9 @@ class Goal:
     return bool(self.value >= self.goal if self.op == '>=' else self.value <= self.goal)
 
 
-def effort_from_arguments(description: str) -> Effort:
-  """Reads `--quick` and `--full` from the command line."""
-  parser = argparse.ArgumentParser(description=description)
+def effort_from_arguments(description: str | None) -> Effort:
+  """Reads `--quick` and `--full` from the command line; `description` is a module's docstring."""
+  parser = argparse.ArgumentParser(description=(description or '').partition('\n')[0])
   group = parser.add_mutually_exclusive_group()
   group.add_argument('--quick', action='store_true', help='a minute or two, rough numbers')
   group.add_argument('--full', action='store_true', help='all cases, however long they take')

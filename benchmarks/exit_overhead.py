@@ -37,7 +37,7 @@ WITH_EXITS = dataclasses.replace(
 
 def main() -> None:
   """Measures both models in turns and prints table, goals and JSON."""
-  effort = effort_from_arguments(__doc__.splitlines()[0])
+  effort = effort_from_arguments(__doc__)
   repeats = {Effort.QUICK: 3, Effort.NORMAL: 15, Effort.FULL: 31}[effort]
   trainers = {}
   for name, config in (('no exits', CONFIG), ('exits at 1/4 and 1/2', WITH_EXITS)):

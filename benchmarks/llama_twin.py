@@ -36,7 +36,7 @@ class TorchMode:
 
 def make_llama(config: ModelConfig, params: Params, *, attention: str = 'sdpa') -> Any:
   """`LlamaForCausalLM` in float32 with the weights of an exit-free, tied model of ours."""
-  model = transformers.LlamaForCausalLM(
+  model = transformers.AutoModelForCausalLM.from_config(
     transformers.LlamaConfig(
       vocab_size=config.vocab_size,
       hidden_size=config.embed_dim,
@@ -51,10 +51,11 @@ def make_llama(config: ModelConfig, params: Params, *, attention: str = 'sdpa') 
       bos_token_id=None,
       eos_token_id=None,
       pad_token_id=None,
-      attn_implementation=attention,
       use_cache=False,
-    )
-  ).float()
+    ),
+    attn_implementation=attention,
+    dtype=torch.float32,
+  )
   tensors = {
     name: torch.tensor(np.array(value)) for name, value in _weights(config, params).items()
   }

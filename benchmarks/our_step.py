@@ -44,7 +44,10 @@ class OurTrainer:
   @property
   def temporary_bytes(self) -> int:
     """What a step allocates at its peak, beside its arguments and results."""
-    return self._program.memory_analysis().temp_size_in_bytes
+    analysis = self._program.memory_analysis()
+    if analysis is None:
+      raise RuntimeError('this backend does not report memory')
+    return analysis.temp_size_in_bytes
 
   def step(self) -> float:
     """One optimizer step; returns the final exit's mean loss before it."""

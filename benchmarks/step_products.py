@@ -56,7 +56,8 @@ class StepProducts:
     self.groups.append(_attention_group(cfg, batch, length))
     self._seconds: dict[tuple[str, str], list[float]] = {}
     for group in self.groups:
-      group.xla(), group.torch()
+      group.xla()
+      group.torch()
 
   @property
   def flops(self) -> float:

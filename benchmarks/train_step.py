@@ -46,7 +46,7 @@ LONGEST_TORCH_STEP = {Effort.QUICK: 6.0, Effort.NORMAL: 20.0, Effort.FULL: 1e9} 
 
 def main() -> None:
   """Measures both precisions and the bound, and prints table, goals and JSON."""
-  effort = effort_from_arguments(__doc__.splitlines()[0])
+  effort = effort_from_arguments(__doc__)
   repeats = 3 if effort is Effort.QUICK else 9
   params = ExitLM(CONFIG).init(jax.random.key(0))
   rows, goals = [], []

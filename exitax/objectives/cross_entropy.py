@@ -130,9 +130,11 @@ def _scan_chunks(
     exponentials = jnp.exp(logits - top[..., None])
     partition = jnp.sum(exponentials, axis=-1)
     log_z = top + jnp.log(partition)
-    # No gather: inside a manual mesh region a gather on a sharded axis is not partitioned.
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, last) == target[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    if platform.partitioned():  # A gather on an axis that is split is not partitioned.
+      target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    else:
+      target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1, mode='clip')[..., 0]
     nll = log_z - target_logit
     z = jnp.square(log_z)
     sums = ExitSums(
