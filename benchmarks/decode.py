@@ -14,15 +14,10 @@ catch up.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from common import (
+  Effort,
+  Goal,
+  effort_from_arguments,
+  finish,
+  in_turns,
+  median_ratio,
+  say,
+  seconds_of,
+)
 
 from exitax import decode
 from exitax.models import ExitConfig, ExitLM, ModelConfig, Params, logits_at_exits
@@ -157,99 +162,81 @@ class Theirs:
     return seconds
 
 
-class Rates:
-  """The machine's memory bandwidth and matmul rate, each the faster of XLA and torch."""
-
-  def __init__(self, *, sum_bytes: int) -> None:
-    self.sum_bytes = sum_bytes
-    self.ours, self.theirs = jnp.ones(sum_bytes // 4), torch.ones(sum_bytes // 4)
-    self.square = jnp.ones((MATMUL, MATMUL))
-    self.their_square = torch.ones(MATMUL, MATMUL)
-    self.sum_fn, self.matmul_fn = jax.jit(jnp.sum), jax.jit(jnp.matmul)
-    for measure in self.measures.values():
-      measure()
-
-  @property
-  def measures(self) -> dict[str, Callable[[], float]]:
-    """Name -> seconds of one run."""
-    return {
-      'sum_xla': lambda: _seconds(lambda: self.sum_fn(self.ours).block_until_ready()),
-      'sum_torch': lambda: _seconds(lambda: self.theirs.sum().item()),
-      'matmul_xla': lambda: _seconds(
-        lambda: self.matmul_fn(self.square, self.square).block_until_ready()
-      ),
-      'matmul_torch': lambda: _seconds(lambda: self.their_square @ self.their_square),
-    }
-
-
 def main() -> None:
   """Measures everything in turns, and prints a table and one JSON object."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--quick', action='store_true', help='fewer tokens and repeats')
-  quick = parser.parse_args().quick
+  quick = effort_from_arguments(__doc__) is Effort.QUICK
   new_tokens, repeats = (64, 3) if quick else (192, 9)
   params = ExitLM(CONFIG).init(jax.random.key(0))
+  say('compiling')
   cases = [Ours(case, params, new_tokens=new_tokens) for case in CASES]
   theirs = Theirs(params, new_tokens=new_tokens)
-  rates = Rates(sum_bytes=SUM_BYTES)
-  measures = {**rates.measures, 'theirs': theirs.call}
+  measures: dict[str, Callable[[], float]] = {**rate_measures(), 'theirs': theirs.call}
   for i, case in enumerate(cases):
     measures |= {f'call_{i}': case.call, f'steps_{i}': case.steps}
-  seconds = _in_turns(measures, repeats)
-  bandwidth = SUM_BYTES / min(seconds['sum_xla'], seconds['sum_torch'])
-  matmul_rate = 2 * MATMUL**3 / min(seconds['matmul_xla'], seconds['matmul_torch'])
-  rows = [
-    _row(case, seconds[f'call_{i}'], seconds[f'steps_{i}'], bandwidth, matmul_rate)
-    for i, case in enumerate(cases)
-  ]
+  seconds = in_turns(measures, repeats)
+  rows = [_row(case, i, seconds) for i, case in enumerate(cases)]
   rows.append(
     {
       'name': 'transformers generate',
       'batch': 1,
-      'tokens_per_s': new_tokens / seconds['theirs'],
+      'tokens_per_s': new_tokens / statistics.median(seconds['theirs']),
+      'same_tokens': float(np.mean(np.equal(theirs.tokens, cases[0].result.tokens[0]))),
     }
   )
-  _print_table(rows, bandwidth, matmul_rate)
-  same = np.mean(np.equal(theirs.tokens, cases[0].result.tokens[0]))
-  print(f'greedy tokens equal to transformers: {same:.0%}')
   goals = [
-    _goal('vs_transformers', seconds['theirs'] / seconds['call_0'], 3.0),
-    _goal('of_roofline', rows[0]['of_roofline'], 0.9),
+    Goal(
+      name='vs_transformers',
+      value=median_ratio(seconds['theirs'], seconds['call_0']),
+      op='>=',
+      goal=3.0,
+    ),
+    Goal(name='of_roofline', value=rows[0]['of_roofline'], op='>=', goal=0.9),
   ]
-  for goal in goals:
-    outcome = 'met' if goal['met'] else 'missed'
-    print(f'{goal["name"]}: {goal["value"]:.2f} (goal {goal["op"]} {goal["goal"]}): {outcome}')
-  measured = {'bandwidth_gb_s': bandwidth / 1e9, 'matmul_gflop_s': matmul_rate / 1e9}
-  print(
-    json.dumps(
-      {
-        'benchmark': 'decode',
-        'commit': _commit(),
-        'machine': {**_machine(), **measured},
-        'rows': rows,
-        'goals': goals,
-      }
-    )
-  )
+  finish('decode', rows, goals)
 
 
 # Accounting.
 
 
-def _row(
-  ours: Ours, call: float, steps: float, bandwidth: float, matmul_rate: float
-) -> dict[str, Any]:
+def rate_measures() -> dict[str, Callable[[], float]]:
+  """Seconds of summing `SUM_BYTES` and of one `MATMUL` product, in XLA and in torch."""
+  ours, theirs = jnp.ones(SUM_BYTES // 4), torch.ones(SUM_BYTES // 4)
+  square, their_square = jnp.ones((MATMUL, MATMUL)), torch.ones(MATMUL, MATMUL)
+  sum_fn, matmul_fn = jax.jit(jnp.sum), jax.jit(jnp.matmul)
+  acts: dict[str, Callable[[], Any]] = {
+    'sum_xla': lambda: sum_fn(ours).block_until_ready(),
+    'sum_torch': lambda: theirs.sum().item(),
+    'matmul_xla': lambda: matmul_fn(square, square).block_until_ready(),
+    'matmul_torch': lambda: their_square @ their_square,
+  }
+  for act in acts.values():
+    act()
+  return {name: lambda act=act: seconds_of(act) for name, act in acts.items()}
+
+
+def _row(ours: Ours, index: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
   batch, new_tokens = ours.case.batch, ours.new_tokens
+  steps = seconds[f'steps_{index}']
   row: dict[str, Any] = {
     'name': ours.case.name,
     'batch': batch,
-    'tokens_per_s': batch * new_tokens / call,
-    'ms_per_step': steps / new_tokens * 1e3,
+    'tokens_per_s': batch * new_tokens / statistics.median(seconds[f'call_{index}']),
+    'ms_per_step': statistics.median(steps) / new_tokens * 1e3,
+    'vs_full': median_ratio(seconds['steps_0'], steps) * batch,
     'effective_layers': ours.result.effective_layers,
   }
   if isinstance(ours.case.policy, decode.FullDepth):
-    bound = _bound(ours, bandwidth, matmul_rate)
-    row |= {'bound_ms': bound * 1e3, 'of_roofline': bound / (steps / new_tokens)}
+    sums = [min(pair) for pair in zip(seconds['sum_xla'], seconds['sum_torch'], strict=True)]
+    matmuls = [min(p) for p in zip(seconds['matmul_xla'], seconds['matmul_torch'], strict=True)]
+    bandwidths = [SUM_BYTES / value for value in sums]
+    rates = [2 * MATMUL**3 / value for value in matmuls]
+    bounds = [new_tokens * _bound(ours, *pair) for pair in zip(bandwidths, rates, strict=True)]
+    row |= {
+      'bound_ms': statistics.median(bounds) / new_tokens * 1e3,
+      'of_roofline': median_ratio(bounds, steps),
+      'gb_per_s': statistics.median(bandwidths) / 1e9,
+      'gflop_per_s': statistics.median(rates) / 1e9,
+    }
   return row
 
 
@@ -262,27 +249,6 @@ def _bound(ours: Ours, bandwidth: float, matmul_rate: float) -> float:
   num_bytes = 4 * (weights + cached)
   attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys * batch
   return max(num_bytes / bandwidth, (2 * weights * batch + attention) / matmul_rate)
-
-
-def _goal(name: str, value: float, goal: float) -> dict[str, Any]:
-  return {'name': name, 'value': value, 'op': '>=', 'goal': goal, 'met': bool(value >= goal)}
-
-
-def _in_turns(measures: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-  """Median seconds of each measure, taken in turns so that all see the same machine."""
-  seconds: dict[str, list[float]] = {name: [] for name in measures}
-  for _ in range(repeats):
-    for name, measure in measures.items():
-      # Threads of the library that ran before spin for a moment.
-      time.sleep(0.3)
-      seconds[name].append(measure())
-  return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _seconds(act: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  act()
-  return time.perf_counter() - start
 
 
 # The same weights on both sides.
@@ -345,36 +311,6 @@ def _check_logits(params: Params, model: Any) -> None:
 def _prompts(batch: int) -> list[list[int]]:
   rng = np.random.default_rng(0)
   return rng.integers(0, CONFIG.vocab_size, (batch, PROMPT)).tolist()
-
-
-# Printing.
-
-
-def _print_table(rows: Sequence[dict[str, Any]], bandwidth: float, matmul_rate: float) -> None:
-  print(f'bandwidth {bandwidth / 1e9:.1f} GB/s, matmul {matmul_rate / 1e9:.0f} GFLOP/s')
-  columns = ('tokens_per_s', 'ms_per_step', 'bound_ms', 'of_roofline', 'effective_layers')
-  print(f'{"":30}{"batch":>6}' + ''.join(f'{name:>18}' for name in columns))
-  for row in rows:
-    cells = (f'{row[name]:18.2f}' if name in row else ' ' * 18 for name in columns)
-    print(f'{row["name"]:30}{row["batch"]:6}' + ''.join(cells))
-
-
-def _commit() -> str:
-  root = Path(__file__).resolve().parent.parent
-  command = ['git', '-C', str(root), 'rev-parse', '--short', 'HEAD']
-  return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _machine() -> dict[str, Any]:
-  return {
-    'platform': platform.platform(),
-    'processor': platform.machine(),
-    'cores': len(jax.devices()) if jax.default_backend() != 'cpu' else torch.get_num_threads(),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-    'torch': torch.__version__,
-    'transformers': transformers.__version__,
-  }
 
 
 if __name__ == '__main__':

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
+from exitax.decode.compiling import decode_jit
 from exitax.decode.depth import Decision, pass_depths
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
@@ -17,9 +17,7 @@ from exitax.decode.state import DecodeState, StopReason
 from exitax.models import ExitLM, Params
 
 
-@functools.partial(
-  jax.jit, static_argnames=('model', 'chunk', 'visibility'), donate_argnames='state'
-)
+@decode_jit(static=('model', 'chunk', 'visibility'), donated=('state',))
 def prefill_chunk(
   model: ExitLM, params: Params, state: DecodeState, *, chunk: int, visibility: Visibility
 ) -> DecodeState:
@@ -55,9 +53,7 @@ def step(
   return _commit(state, decision, token)
 
 
-@functools.partial(
-  jax.jit, static_argnames=('model', 'plan', 'visibility'), donate_argnames='state'
-)
+@decode_jit(static=('model', 'plan', 'visibility'), donated=('state',))
 def run_steps(
   model: ExitLM,
   params: Params,

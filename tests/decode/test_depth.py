@@ -64,7 +64,7 @@ def test_21_thresholds_give_the_oracles_tokens_without_recompiling(
     for prompt, completion in zip(prompts, result.completions, strict=True):
       is_oracle(model, params, prompt, completion, policy)
     effective.append(result.effective_layers)
-    compiled.add(decode.run_steps._cache_size())
+    compiled.add(decode.run_steps.jitted._cache_size())
   assert len(compiled) == 1
   assert effective[0] == 4.0
   assert effective[-1] < 1.5
@@ -221,7 +221,9 @@ def test_no_step_copies_the_cache(tiny, rows):
     prompt_length=np.ones((rows,), np.int32),
     requests=requests,
   )
-  lowered = decode.run_steps.lower(model, params, state, 9, plan=plan, visibility=decode.Causal())
+  lowered = decode.run_steps.jitted.lower(
+    model, params, state, 9, plan=plan, visibility=decode.Causal()
+  )
   program = lowered.compile().as_text()
   entry = f'f32[{rows},2,64,8]'
   assert entry in program
