@@ -76,6 +76,7 @@ def start_jax(flags: argparse.Namespace) -> None:
 def _emulate(num_devices: int) -> None:
   if num_devices < 1:
     raise UserError(f'--emulate_devices={num_devices} must be at least 1')
-  if jax.config.read('jax_num_cpu_devices') != num_devices:
+  # pyright does not know the attribute: jax makes it when it is imported.
+  if jax.config.jax_num_cpu_devices != num_devices:  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', num_devices)
