@@ -25,6 +25,7 @@ from exitax.decode.cache import KVCache
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
 from exitax.decode.policies import ExitPlan, Record
+from exitax.decode.scores import exit_logits
 from exitax.decode.state import Agreement, DecodeState
 from exitax.layers import HeadKind
 from exitax.models import ExitLM, Params
@@ -289,7 +290,7 @@ def _logits_if(
     features = at_exit
     if exit_config is None or exit_config.head is not HeadKind.LAYER:
       features, _ = model.exit_features(params, exit_config, at_exit, rotary=None, attend=None)
-    return model.logits(params, exit_config, features)
+    return exit_logits(model, params, exit_config, features)
 
   if index == 0:
     return score()
