@@ -1,11 +1,11 @@
-"""exitax: language models that can stop early, in JAX.
+r"""exitax: language models that can stop early, in JAX.
 
     import exitax
 
     model = exitax.load('runs/quickstart')
     for completion in model.generate(['def main(', 'import '], threshold=0.8):
       print(completion.text, completion.exit_layers)
-    model.score(['import os\\n'])
+    model.score(['import os\n'])
 
 The folders are importable by themselves: `exitax.models`, `exitax.training`, `exitax.decode`, ...
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib.util
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +20,6 @@ from exitax.errors import UserError, choose
 from exitax.layers import HeadKind, RopeConfig
 
 Built = TypeVar('Built')
-
-# gin looks for files inside packages and relies on somebody having loaded this module.
-_ = importlib.util
 
 _MACRO = 'gin.macro'
 
@@ -105,6 +102,9 @@ def register() -> None:
   """Makes the classes and helpers of all commands known to gin, once."""
   for item in (*CONFIGURABLE_CLASSES, exits, exit_weights, feature_length):
     make_configurable(item)
+  # Files are files: gin would also look inside Python packages, and takes a folder of the same name
+  # as `include 'runs/...'` in the current directory for one that it cannot read.
+  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   gin.config.register_finalize_hook(_check_macros)
 
 

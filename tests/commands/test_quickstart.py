@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.commands.conftest import RunCommand
 from tests.docs.test_commands_in_documents import SMALL, SMALL_EVALUATION, exitax_commands
 

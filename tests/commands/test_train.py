@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from exitax.training import read_metrics
 from tests.commands.conftest import RunCommand
 
@@ -69,6 +71,16 @@ def test_inspect_reads_a_model_directory(exitax: RunCommand, trained: Path) -> N
   assert outcome.status == 0
   assert 'after layer 1 (norm head, final matrix)' in outcome.out
   assert 'tokenizer of 264 ids' in outcome.out
+
+
+def test_a_folder_named_as_one_of_gin_is_no_obstacle(
+  exitax: RunCommand, tiny_gin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  (tmp_path / 'runs').mkdir()  # As the quickstart makes it where it is started.
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  outcome = exitax('train', f'--gin_file={tiny_gin}', '--model_dir=unused', '--dry_run')
+  assert outcome.status == 0, outcome.err
 
 
 def test_help_is_readable(exitax: RunCommand) -> None:
