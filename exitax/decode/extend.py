@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from exitax.decode.cache import KVCache, LayerCache, write_layer
 from exitax.decode.lanes import Lanes, Visibility, mark_columns
-from exitax.layers import AttendFn, Rotary, cached_attention
+from exitax.layers import AttendFn, cached_attention
 from exitax.models import ExitConfig, ExitLM, Params
 
 
@@ -58,7 +57,7 @@ def extend(
   """
   columns = mark_columns(cache.columns, lanes)
   mask = visibility(lanes, columns)
-  rotary = _angles(model, lanes)
+  rotary = model.rotary(lanes.position)
   filled, heads = list(cache.layers), dict(cache.heads)
   head_features: dict[int, jax.Array] = {}
 
@@ -81,16 +80,6 @@ def extend(
       )
   cache = dataclasses.replace(cache, layers=tuple(filled), heads=heads, columns=columns)
   return Extension(hidden=hidden, cache=cache, head_features=head_features)
-
-
-def _angles(model: ExitLM, lanes: Lanes) -> Rotary:
-  """Angles of the lanes, behind a conditional: else XLA computes them again in every layer."""
-  shape = (*lanes.position.shape, model.config.head_dim // 2)
-
-  def none() -> Rotary:
-    return Rotary(cos=jnp.ones(shape, jnp.float32), sin=jnp.zeros(shape, jnp.float32))
-
-  return jax.lax.cond(jnp.any(lanes.valid), lambda: model.rotary(lanes.position), none)
 
 
 def _exit_at(model: ExitLM, layer: int) -> ExitConfig:
