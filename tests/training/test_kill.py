@@ -57,6 +57,11 @@ class _Run:
     """Lets it end; its last words."""
     return self._end(None).splitlines()[-1]
 
+  def close(self) -> None:
+    """Leaves nothing running, whatever happened."""
+    self._process.kill()
+    self._process.communicate()
+
   def _end(self, number: int | None) -> str:
     if number is not None:
       os.kill(self._process.pid, number)
@@ -110,12 +115,19 @@ def test_every_way_of_being_stopped_ends_with_the_same_parameters(
 ) -> None:
   tiny.write_text(tmp_path / 'text')
 
+  runs: list[_Run] = []
+
   def start(name: str) -> _Run:
-    return _Run(tmp_path / name, subprocess_env)
+    runs.append(_Run(tmp_path / name, subprocess_env))
+    return runs[-1]
 
   stories = (_uninterrupted, _killed_again_and_again, _stopped_politely)
-  with ThreadPoolExecutor(len(stories)) as pool:
-    last_words = list(pool.map(lambda story: story(start), stories))
+  try:
+    with ThreadPoolExecutor(len(stories)) as pool:
+      last_words = list(pool.map(lambda story: story(start), stories))
+  finally:
+    for run in runs:
+      run.close()
   assert last_words == [f'done {STEPS}'] * 3
   wanted = _final(tmp_path / 'straight')
   assert wanted.step == STEPS
