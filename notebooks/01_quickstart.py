@@ -32,7 +32,7 @@ from exitax.data import BpeVocabulary, DataConfig, PythonLibrarySource, Task, bu
 from exitax.evaluate import EvaluateConfig, evaluate, write_report
 from exitax.models import ExitConfig, ModelConfig
 from exitax.objectives import ExitWeight, ObjectiveConfig
-from exitax.parallel import MeshConfig, ShardingRules, make_mesh, use
+from exitax.parallel import ShardingRules, make_mesh, use
 from exitax.training import LoopConfig, OptimizerConfig, RunConfig, read_metrics, train
 
 model_dir = Path(tempfile.mkdtemp()) / 'model'
@@ -64,7 +64,6 @@ run = RunConfig(
   objective=ObjectiveConfig(exit_weights=(ExitWeight(start=0.25), ExitWeight(start=0.5))),
   optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=20),
   loop=LoopConfig(train_steps=250, log_period=10, checkpoint_period=250, eval_rows=32),
-  mesh=MeshConfig(data=1),
 )
 result = train(run, model_dir)
 for score in result.scores:
@@ -77,7 +76,9 @@ for score in result.scores:
 lines = [line for line in read_metrics(model_dir) if 'train/loss' in line]
 figure, axes = plt.subplots(figsize=(7, 3.5))
 for name in run.model.depth_names:
-  axes.plot([line['step'] for line in lines], [line[f'train/{name}/nll'] for line in lines], label=name)
+  axes.plot(
+    [line['step'] for line in lines], [line[f'train/{name}/nll'] for line in lines], label=name
+  )
 axes.set(xlabel='optimizer step', ylabel='nats per token', title='Loss of every exit')
 axes.legend(frameon=False)
 plt.show()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
 import jax
 
@@ -48,7 +49,9 @@ def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
   parser.add_argument('--model_dir', metavar='DIR', help=purpose)
 
 
-def parse_gin(flags: argparse.Namespace, *, text: str = '', bind_model_dir: bool) -> None:
+def parse_gin(
+  flags: argparse.Namespace, *, text: str = '', bind_model_dir: bool, not_needed: Sequence[str] = ()
+) -> None:
   """Reads the gin files and bindings of a command line.
 
   Args:
@@ -56,12 +59,13 @@ def parse_gin(flags: argparse.Namespace, *, text: str = '', bind_model_dir: bool
     text: gin bindings that come before all others.
     bind_model_dir: whether `--model_dir=DIR` stands for `--gin.MODEL_DIR="'DIR'"`, as in commands
       that write there.
+    not_needed: macros that files of runs require and this command does not read.
   """
   bindings = list(flags.gin_bindings)
   if bind_model_dir and flags.model_dir:
     bindings.insert(0, f'MODEL_DIR = {flags.model_dir!r}')
   paths = [path for path in flags.gin_search_paths.split(',') if path]
-  gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text)
+  gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text, not_needed=not_needed)
 
 
 def start_jax(flags: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import os
 import re
 import sysconfig
@@ -102,6 +103,9 @@ def register() -> None:
   """Makes the classes and helpers of all commands known to gin, once."""
   for item in (*CONFIGURABLE_CLASSES, exits, exit_weights, feature_length):
     make_configurable(item)
+  # Commands register what they alone read, so that every file is valid for every command.
+  for command in ('train', 'generate'):
+    importlib.import_module(f'exitax.commands.{command}')
   # Files are files: gin would also look inside Python packages, and takes a folder of the same name
   # as `include 'runs/...'` in the current directory for one that it cannot read.
   gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
@@ -117,9 +121,16 @@ def search_paths(extra: Iterable[str]) -> list[str]:
 
 
 def parse(
-  files: Sequence[str], bindings: Sequence[str], *, extra_paths: Sequence[str] = (), text: str = ''
+  files: Sequence[str],
+  bindings: Sequence[str],
+  *,
+  extra_paths: Sequence[str] = (),
+  text: str = '',
+  not_needed: Sequence[str] = (),
 ) -> None:
   """Reads `text`, then files, then bindings; later ones win.
+
+  Macros in `not_needed` that the files require (`%gin.REQUIRED`) get a value that nobody reads.
 
   Raises:
     UserError: a file that is not there, a name that nothing has, a macro that nothing uses, a
@@ -138,6 +149,9 @@ def parse(
         gin.parse_config(text)
       for file in files:
         gin.parse_config_file(file, print_includes_and_imports=False)
+      for macro in not_needed:
+        if _is_required(macro):
+          gin.parse_config(f"{macro} = 'unused'")
       for binding in bindings:
         gin.parse_config(binding)
     except (ValueError, TypeError, SyntaxError, OSError, AttributeError) as error:
@@ -160,6 +174,14 @@ def build(kind: Callable[..., Built]) -> Built:
     raise
   except (RuntimeError, TypeError, ValueError) as error:
     raise _translate(error, ()) from None
+
+
+def _is_required(macro: str) -> bool:
+  try:
+    # A constant comes back as the reference `%gin.REQUIRED`.
+    return 'gin.REQUIRED' in repr(gin.query_parameter(f'%{macro}'))
+  except ValueError:  # No file sets it.
+    return False
 
 
 def _check_found(file: str, paths: Iterable[str]) -> None:

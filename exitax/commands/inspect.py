@@ -46,8 +46,8 @@ def run(flags: argparse.Namespace) -> int:
     return 0
   if not flags.gin_file:
     raise UserError('inspect needs a model: --model_dir=DIR or --gin_file=gin/runs/quickstart.gin')
-  # Files of runs ask for a directory, which a table does not need.
-  flag_groups.parse_gin(flags, text="MODEL_DIR = 'unused'", bind_model_dir=False)
+  needless = ('MODEL_DIR', 'TRAIN_STEPS', 'MIXTURE_OR_TASK_NAME')
+  flag_groups.parse_gin(flags, bind_model_dir=False, not_needed=needless)
   model, mesh = gin_config.build(ModelConfig), gin_config.build(MeshConfig)
   print(model_table(model, mesh, gin_config.build(ShardingRules)))
   return 0

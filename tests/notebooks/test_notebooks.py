@@ -30,6 +30,8 @@ def test_notebook_runs(
 ) -> None:
   for name, value in subprocess_env.items():
     monkeypatch.setenv(name, value)
+  # As on a user's machine: one device.
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
   # A notebook shows its pictures; the other tests draw without a screen.
   monkeypatch.delenv('MPLBACKEND')
   notebook = nbformat.read(path, as_version=4)
