@@ -1,4 +1,4 @@
-"""Colours for exit depths: shallow is green, deep is red, and plain text loses nothing else."""
+"""Exit depths for the eye: shallow is green, deep is red; plain text lists them instead."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def coloured(pieces: Sequence[str], layers: Sequence[int], depths: Sequence[int]
   return text
 
 
-def legend(depths: Sequence[int]) -> Text:
-  """Which colour stands for which number of layers."""
+def depth_key(layers: Sequence[int], depths: Sequence[int], *, in_colour: bool) -> Text:
+  """Which colour stands for which number of layers; without colours, the layers of every token."""
   text = Text('layers per token: ', style='dim')
+  if not in_colour:
+    return text.append(' '.join(map(str, layers)))
   for layer in depths:
     text.append(f'{layer} ', style=depth_style(layer, depths))
   return text

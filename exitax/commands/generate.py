@@ -8,7 +8,7 @@ r"""Writes text after a prompt, each token in the colour of the layer it left at
 
 Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without a threshold
 every layer runs. A confidence must be above the threshold, so 1 never exits. Piped output is
-plain; --depths prints the layers of each token beside it.
+plain and lists the layers of its tokens; --depths gives every token a line, with its confidence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
-from exitax.commands.depths import coloured, depth_summary, legend
+from exitax.commands.depths import coloured, depth_key, depth_summary
 from exitax.decode import Sampler
 from exitax.errors import UserError
 from exitax.language_model import LanguageModel, TextCompletion, load
@@ -144,7 +144,8 @@ def show(
     rows = zip(completion.pieces, completion.exit_layers, completion.confidences, strict=False)
     for piece, layer, confidence in rows:
       console.print(f'{layer:>4}  {confidence:.3f}  {piece!r}', markup=False)
-  console.print(legend(depths))
+  in_colour = console.color_system is not None and not console.no_color
+  console.print(depth_key(completion.exit_layers, depths, in_colour=in_colour))
   console.print(depth_summary(completion.exit_layers, depths), style='dim', markup=False)
 
 
@@ -158,7 +159,7 @@ def _stream(model: LanguageModel, prompt: str, settings: dict[str, Any], console
     console.print(coloured([event.piece], [event.exit_layer], depths), end='')
   seconds = time.perf_counter() - start
   console.print()
-  console.print(legend(depths))
+  console.print(depth_key(layers, depths, in_colour=not console.no_color))
   console.print(
     f'{depth_summary(layers, depths)}  {len(layers) / seconds:.0f} tok/s, compilation included',
     style='dim',
