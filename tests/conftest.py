@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,10 @@ def subprocess_env() -> dict[str, str]:
   environment['PYTHONPATH'] = os.pathsep.join(path for path in paths if path)
   environment['JAX_NUM_CPU_DEVICES'] = str(NUM_DEVICES)
   return environment
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+  """Float64 arrays, for comparison with NumPy oracles."""
+  with jax.enable_x64(True):
+    yield

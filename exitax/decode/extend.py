@@ -57,7 +57,7 @@ def extend(
   """
   columns = mark_columns(cache.columns, lanes)
   mask = visibility(lanes, columns)
-  rotary = model.rotary(lanes.position)
+  rotary = model.rotary(lanes.position, below=model.config.max_length)
   filled, heads = list(cache.layers), dict(cache.heads)
   head_features: dict[int, jax.Array] = {}
 

@@ -16,6 +16,7 @@ from exitax.decode.results import GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler
 from exitax.decode.state import NO_TOKEN, DecodeState, Requests, init_state
 from exitax.errors import UserError
+from exitax.layers import join_linears, platform
 from exitax.models import ExitLM, ModelConfig, Params
 
 # Capacities are multiples of it, so that prompts of similar length share compiled programs.
@@ -84,7 +85,8 @@ def stream(
 def prepare_params(model: ExitLM, params: Params) -> Params:
   """Parameters as decoding reads them: one tree per layer, matrices in the compute dtype.
 
-  `generate` does it on every call; do it once to keep the copy. Does nothing the second time.
+  Maps of one input are joined, unless the ambient mesh spreads them over devices. `generate` does
+  it on every call; do it once to keep the copy. Does nothing the second time.
   """
   dtype = model.config.precision.dtype
 
@@ -92,7 +94,10 @@ def prepare_params(model: ExitLM, params: Params) -> Params:
     is_matrix = path[-1].key in ('kernel', 'matrix')
     return leaf.astype(dtype) if is_matrix and leaf.dtype != dtype else leaf
 
-  return jax.tree_util.tree_map_with_path(cast, model.unstack(params))
+  prepared = jax.tree_util.tree_map_with_path(cast, model.unstack(params))
+  if platform.partitioned():
+    return prepared
+  return {name: join_linears(part) for name, part in prepared.items()}
 
 
 def begin(

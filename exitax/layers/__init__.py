@@ -14,6 +14,7 @@ from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
 
 # Functions.
+from exitax.layers.joined import join_linears
 from exitax.layers.kernels import MASKED_LOGIT, cached_attention, dot_product_attention
 from exitax.layers.linear import Linear, contract, project
 from exitax.layers.mlp import SwiGLU
@@ -50,6 +51,7 @@ __all__ = [
   'dot_product_attention',
   'embed_tokens',
   'inverse_frequencies',
+  'join_linears',
   'make_rotary',
   'platform',
   'project',

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 
 from exitax.layers.config import BlockConfig
+from exitax.layers.joined import apply_linears
 from exitax.layers.linear import Linear
 from exitax.layers.norm import RMSNorm
 from exitax.layers.rotary import Rotary, rotate
@@ -52,9 +53,15 @@ class Attention(nn.Module):
       `[..., embed]` to be added to the residual stream, and `attend`'s state.
     """
     cfg = self.config
-    query = self._heads('query', cfg.num_heads, 'heads')(hidden)
-    key = self._heads('key', cfg.num_kv_heads, 'kv_heads')(hidden)
-    value = self._heads('value', cfg.num_kv_heads, 'kv_heads')(hidden)
+    linears = (
+      self._heads('query', cfg.num_heads, 'heads'),
+      self._heads('key', cfg.num_kv_heads, 'kv_heads'),
+      self._heads('value', cfg.num_kv_heads, 'kv_heads'),
+    )
+    query, key, value = (
+      constrain_heads(x, linear.axes_out[0])
+      for x, linear in zip(apply_linears(self, hidden, linears), linears, strict=True)
+    )
     if cfg.qk_norm:
       query = RMSNorm(cfg.norm_epsilon, 'kv', name='query_norm')(query)
       key = RMSNorm(cfg.norm_epsilon, 'kv', name='key_norm')(key)
@@ -70,8 +77,8 @@ class Attention(nn.Module):
     )
     return output(mixed), state
 
-  def _heads(self, name: str, num_heads: int, axis: str) -> Any:
-    linear = Linear(
+  def _heads(self, name: str, num_heads: int, axis: str) -> Linear:
+    return Linear(
       features=(num_heads, self.config.head_dim),
       axes_in=('embed',),
       axes_out=(axis, 'kv'),
@@ -80,7 +87,6 @@ class Attention(nn.Module):
       use_bias=self.config.qkv_bias,
       name=name,
     )
-    return lambda hidden: constrain_heads(linear(hidden), axis)
 
 
 def constrain_heads(x: jax.Array, axis: str) -> jax.Array:

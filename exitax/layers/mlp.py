@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from exitax.layers.config import BlockConfig
+from exitax.layers.joined import apply_linears
 from exitax.layers.linear import Linear
 
 
@@ -70,4 +71,5 @@ class SwiGLU(nn.Module):
       init_std=cfg.residual_init_std,
       name='down',
     )
-    return down(gated(wide('gate')(x), wide('up')(x)))
+    gate, up = apply_linears(self, x, (wide('gate'), wide('up')))
+    return down(gated(gate, up))

@@ -68,6 +68,10 @@ class RopeConfig:
       )
 
 
+# A table is part of every program that uses it: 2 MB for heads of 128 channels.
+_LONGEST_TABLE = 4096
+
+
 @struct.dataclass
 class Rotary:
   """Angles of one set of positions, made once and used by every layer.
@@ -103,13 +107,27 @@ def attention_temperature(config: RopeConfig) -> float:
   return 1.0
 
 
-def make_rotary(config: RopeConfig, head_dim: int, positions: jax.Array) -> Rotary:
-  """Angles for `positions` (i32, any shape): `Rotary` with arrays `[*positions.shape, head_dim/2]`."""
+def make_rotary(
+  config: RopeConfig, head_dim: int, positions: jax.Array, *, below: int | None = None
+) -> Rotary:
+  """Angles for `positions` (i32, any shape): `Rotary` with arrays `[*positions.shape, head_dim/2]`.
+
+  Args:
+    config: base and scaling.
+    head_dim: channels of a head.
+    positions: any shape.
+    below: every position is less, if that is known. A few thousand positions at most are looked up
+      in a table, exact to the last bit; XLA on the CPU would compute sine and cosine again wherever
+      they are used.
+  """
   # The widest float there is: float32, but float64 for oracles.
   wide = jax.dtypes.canonicalize_dtype(jnp.float64)
-  frequency = jnp.asarray(inverse_frequencies(config, head_dim), wide)
-  angle = positions.astype(wide)[..., None] * frequency
-  temperature = attention_temperature(config)
+  frequency, temperature = inverse_frequencies(config, head_dim), attention_temperature(config)
+  if below is not None and below <= _LONGEST_TABLE:
+    angles = np.arange(below)[:, None] * frequency
+    cos, sin = (jnp.asarray(fn(angles) * temperature, wide) for fn in (np.cos, np.sin))
+    return Rotary(cos=cos[positions], sin=sin[positions])
+  angle = positions.astype(wide)[..., None] * jnp.asarray(frequency, wide)
   return Rotary(cos=jnp.cos(angle) * temperature, sin=jnp.sin(angle) * temperature)
 
 

@@ -79,9 +79,9 @@ class ExitLM:
     hidden = embed_tokens(params['embed']['matrix'], tokens, self.config.precision)
     return constrain_stream(hidden)
 
-  def rotary(self, positions: jax.Array) -> Rotary:
-    """Angles for i32 `positions` `[...]`."""
-    return make_rotary(self.config.rope, self.config.head_dim, positions)
+  def rotary(self, positions: jax.Array, *, below: int | None = None) -> Rotary:
+    """Angles for i32 `positions` `[...]`, all less than `below` if given."""
+    return make_rotary(self.config.rope, self.config.head_dim, positions, below=below)
 
   def run_layers(
     self,

@@ -51,12 +51,12 @@ def features_at_exits(
     params: parameters with stacked blocks.
     tokens: i32 `[batch, length]`.
     segment_ids: i32 `[batch, length]`; 0 is padding.
-    positions: i32 `[batch, length]`.
+    positions: i32 `[batch, length]`, each less than the length.
 
   Returns:
     One `[batch, length, embed]` per exit, in the model's compute dtype.
   """
-  rotary = model.rotary(positions)
+  rotary = model.rotary(positions, below=positions.shape[-1])
   attend = packed_attend(packed_mask(segment_ids, positions, model.config.sliding_window))
   hidden = model.embed(params, tokens)
   kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,3 +144,11 @@ def test_bad_values_are_named(values, words):
 
 def test_scaling_is_given_by_its_value_too():
   assert RopeConfig(scaling='yarn').scaling is RopeScaling.YARN
+
+
+def test_angles_looked_up_are_those_computed(x64):
+  positions = jnp.asarray([[0, 1, 7], [99, 3, 0]])
+  computed = layers.make_rotary(YARN, 16, positions)
+  looked_up = layers.make_rotary(YARN, 16, positions, below=100)
+  for x, y in zip(jax.tree.leaves(looked_up), jax.tree.leaves(computed), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,13 +8,6 @@ import numpy as np
 import pytest
 
 from exitax.models import ExitLM
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-  """Float64 arrays, for comparison with NumPy oracles."""
-  with jax.enable_x64(True):
-    yield
 
 
 @pytest.fixture(scope='session')
