@@ -47,6 +47,7 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   checkpoint.CheckpointConfig,
   training.OptimizerConfig,
   training.LoopConfig,
+  training.PipelineConfig,
   training.RunConfig,
   evaluate.EvaluateConfig,
 )

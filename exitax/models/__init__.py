@@ -9,6 +9,9 @@ from exitax.models.exit_lm import ExitLM, Params
 # Cache-free forward passes.
 from exitax.models.forward import features_at_exits, logits_at_exits, packed_attend, packed_mask
 
+# The model cut into spans, for pipelines.
+from exitax.models.stages import StagePlan, plan_stages, run_span, stack_spans
+
 __all__ = [
   'ExitConfig',
   'ExitLM',
@@ -16,8 +19,12 @@ __all__ = [
   'ModelConfig',
   'Params',
   'Remat',
+  'StagePlan',
   'features_at_exits',
   'logits_at_exits',
   'packed_attend',
   'packed_mask',
+  'plan_stages',
+  'run_span',
+  'stack_spans',
 ]

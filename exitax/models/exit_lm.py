@@ -131,12 +131,22 @@ class ExitLM:
       `[num_exits + 1, batch, length, embed]`, the last entry after all layers.
     """
     cfg = self.config
-    run_block = _rematerialised(self._stateless_block(rotary, attend), cfg.remat)
+    run_block = self.stateless_block(rotary, attend)
     # Whoever rematerialises is short of memory, not of time; and XLA would undo it between layers.
     shallow = cfg.num_layers <= MAX_UNROLLED and cfg.remat is Remat.NONE
     if platform.on_cpu() and shallow:
       return self._unrolled(run_block, params, hidden)
     return self._scanned(run_block, params, hidden)
+
+  def stateless_block(self, rotary: Rotary, attend: AttendFn) -> BlockFn:
+    """A function of one block's parameters and the stream, rematerialised as configured."""
+    block = Block(self.config.block)
+
+    def run(block_params: Params, hidden: jax.Array) -> jax.Array:
+      with jax.named_scope('layer'):
+        return block.apply({'params': block_params}, hidden, rotary, attend)[0]
+
+    return _rematerialised(run, self.config.remat)
 
   def exit_features(
     self,
@@ -168,16 +178,23 @@ class ExitLM:
     with jax.named_scope(f'exit_{exit_config.layer}'):
       return head.apply(variables, hidden, rotary, attend)
 
-  def vocab_matrix(self, params: Params, exit_config: ExitConfig | None) -> jax.Array:
-    """The `[vocab, embed]` matrix that an exit (None: the final head) reads."""
+  def vocab_matrix_path(self, exit_config: ExitConfig | None) -> tuple[str, ...]:
+    """Where the matrix that an exit (None: the final head) reads stands among the parameters."""
     matrix = ExitMatrix.FINAL if exit_config is None else exit_config.matrix
     if exit_config is not None and matrix is ExitMatrix.OWN:
-      return params['exits'][str(exit_config.layer)]['matrix']
+      return ('exits', str(exit_config.layer), 'matrix')
     if matrix is ExitMatrix.SHARED:
-      return params['shared_exit']['matrix']
+      return ('shared_exit', 'matrix')
     if matrix is ExitMatrix.INPUT or self.config.tie_embeddings:
-      return params['embed']['matrix']
-    return params['head']['matrix']
+      return ('embed', 'matrix')
+    return ('head', 'matrix')
+
+  def vocab_matrix(self, params: Params, exit_config: ExitConfig | None) -> jax.Array:
+    """The `[vocab, embed]` matrix that an exit (None: the final head) reads."""
+    node: Any = params
+    for name in self.vocab_matrix_path(exit_config):
+      node = node[name]
+    return node
 
   def logits(
     self, params: Params, exit_config: ExitConfig | None, features: jax.Array
@@ -212,15 +229,6 @@ class ExitLM:
       if layer in self.config.depths:
         kept.append(hidden)
     return jnp.stack(kept)
-
-  def _stateless_block(self, rotary: Rotary, attend: AttendFn) -> BlockFn:
-    block = Block(self.config.block)
-
-    def run(block_params: Params, hidden: jax.Array) -> jax.Array:
-      with jax.named_scope('layer'):
-        return block.apply({'params': block_params}, hidden, rotary, attend)[0]
-
-    return run
 
   def _boxed_init(self, key: jax.Array) -> Params:
     cfg = self.config

@@ -9,19 +9,31 @@ from exitax.objectives.exit_objective import (
 )
 from exitax.objectives.schedules import ExitWeight, WeightCurve
 from exitax.objectives.scores import ExitScore, ScoreFn, add_sums, exit_scores, make_score_fn
+from exitax.objectives.span_objective import (
+  Microbatch,
+  SharedParams,
+  SpanObjective,
+  VocabPlacement,
+  split_shared,
+)
 
 __all__ = [
   'ExitScore',
   'ExitSums',
   'ExitWeight',
   'LossSums',
+  'Microbatch',
   'ObjectiveConfig',
   'PackedBatch',
   'ScoreFn',
+  'SharedParams',
+  'SpanObjective',
+  'VocabPlacement',
   'WeightCurve',
   'add_sums',
   'exit_cross_entropy',
   'exit_objective',
   'exit_scores',
   'make_score_fn',
+  'split_shared',
 ]

@@ -34,7 +34,7 @@ class ExitSums:
   correct: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def exit_cross_entropy(
   features: jax.Array,
   matrix: jax.Array,
@@ -44,6 +44,7 @@ def exit_cross_entropy(
   z_loss: float,
   chunk_length: int,
   precision: Precision,
+  vocab_axis: str | None = None,
 ) -> tuple[jax.Array, ExitSums]:
   """Weighted sum of the exits' losses: sum_e w_e sum_t u_t (nll + z_loss * log_z^2).
 
@@ -52,18 +53,30 @@ def exit_cross_entropy(
   Args:
     features: `[exits, batch, length, embed]`.
     matrix: `[vocab, embed]`.
-    targets: i32 `[batch, length]`.
-    token_weights: f32 `[batch, length]`; 0 leaves a token out.
+    targets: i32 `[batch, length]`, or one such array per exit.
+    token_weights: f32 like `targets`; 0 leaves a token out.
     exit_weights: f32 `[exits]`.
     z_loss: weight of the squared log-partition function (PaLM, arXiv 2204.02311, section 5).
     chunk_length: positions whose logits live at once; lowered to a divisor of the length.
     precision: formats of the matrix products.
+    vocab_axis: a manual mesh axis (`jax.shard_map`) along which each device holds a part of the
+      vocabulary, in order. Loss and sums are then those of the whole vocabulary, equal on every
+      device; the gradients are each device's part, and add up over the axis.
 
   Returns:
     The loss, a scalar in at least float32, and the sums of each exit.
   """
   loss, sums, _ = _scan_chunks(
-    features, matrix, targets, token_weights, exit_weights, z_loss, chunk_length, precision, None
+    features,
+    matrix,
+    targets,
+    token_weights,
+    exit_weights,
+    z_loss,
+    chunk_length,
+    precision,
+    vocab_axis,
+    None,
   )
   return loss, sums
 
@@ -77,19 +90,34 @@ def _forward(
   z_loss: float,
   chunk_length: int,
   precision: Precision,
+  vocab_axis: str | None,
 ) -> Any:
   zeros = jnp.zeros(matrix.shape, _wide(precision))
   loss, sums, gradients = _scan_chunks(
-    features, matrix, targets, token_weights, exit_weights, z_loss, chunk_length, precision, zeros
+    features,
+    matrix,
+    targets,
+    token_weights,
+    exit_weights,
+    z_loss,
+    chunk_length,
+    precision,
+    vocab_axis,
+    zeros,
   )
   d_features, d_matrix = gradients
   return (loss, sums), (d_features, d_matrix.astype(matrix.dtype))
 
 
 def _backward(
-  z_loss: float, chunk_length: int, precision: Precision, gradients: Any, cotangent: Any
+  z_loss: float,
+  chunk_length: int,
+  precision: Precision,
+  vocab_axis: str | None,
+  gradients: Any,
+  cotangent: Any,
 ) -> Any:
-  del z_loss, chunk_length, precision
+  del z_loss, chunk_length, precision, vocab_axis
   scale = cotangent[0]
   d_features, d_matrix = (g * scale.astype(g.dtype) for g in gradients)
   return d_features, d_matrix, None, None, None
@@ -107,6 +135,7 @@ def _scan_chunks(
   z_loss: float,
   chunk_length: int,
   precision: Precision,
+  vocab_axis: str | None,
   d_matrix: jax.Array | None,
 ) -> tuple[jax.Array, ExitSums, Any]:
   """Loss and sums; with an accumulator `d_matrix`, the gradients as well."""
@@ -115,9 +144,14 @@ def _scan_chunks(
   num_chunks = length // chunk
   wide = _wide(precision)
   operand = matrix.astype(precision.dtype)
+  whole = _Vocabulary(vocab_axis, matrix.shape[0])
 
-  def split(x: jax.Array) -> jax.Array:  # [batch, length] -> [chunks, batch, chunk]
-    return x.reshape(batch, num_chunks, chunk).swapaxes(0, 1)
+  def split(
+    x: jax.Array,
+  ) -> jax.Array:  # [(exits,) batch, length] -> [exits * chunks, batch, chunk]
+    every = jnp.broadcast_to(x, (num_exits, batch, length))
+    every = every.reshape(num_exits, batch, num_chunks, chunk).swapaxes(1, 2)
+    return every.reshape(num_exits * num_chunks, batch, chunk)
 
   def step(carry: Any, inputs: Any) -> Any:
     loss, d_matrix = carry
@@ -126,13 +160,15 @@ def _scan_chunks(
       x, target, token_weight = x.reshape(-1, embed), target.reshape(-1), token_weight.reshape(-1)
     x, last = x.astype(precision.dtype), x.ndim - 1
     logits = contract(x, operand, ((last,), (1,)))
-    top = jnp.max(logits, axis=-1)
+    top = whole.max(jnp.max(logits, axis=-1))
     exponentials = jnp.exp(logits - top[..., None])
-    partition = jnp.sum(exponentials, axis=-1)
+    partition = whole.sum(jnp.sum(exponentials, axis=-1))
     log_z = top + jnp.log(partition)
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, last) == target[..., None]
-    if platform.partitioned():  # A gather on an axis that is split is not partitioned.
-      target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    entry = whole.first_entry + jax.lax.broadcasted_iota(jnp.int32, logits.shape, last)
+    is_target = entry == target[..., None]
+    # A gather on an axis that is split is not partitioned.
+    if platform.partitioned() or vocab_axis is not None:
+      target_logit = whole.sum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
     else:
       target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1, mode='clip')[..., 0]
     nll = log_z - target_logit
@@ -157,8 +193,8 @@ def _scan_chunks(
   chunks = features.reshape(num_exits, batch, num_chunks, chunk, embed).swapaxes(1, 2)
   inputs = (
     chunks.reshape(num_exits * num_chunks, batch, chunk, embed),
-    jnp.tile(split(targets), (num_exits, 1, 1)),
-    jnp.tile(split(token_weights), (num_exits, 1, 1)),
+    split(targets),
+    split(token_weights),
     jnp.repeat(exit_weights, num_chunks),
   )
   (loss, d_matrix), (sums, d_x) = jax.lax.scan(step, (jnp.zeros((), wide), d_matrix), inputs)
@@ -166,6 +202,20 @@ def _scan_chunks(
   if d_x is not None:
     d_x = d_x.reshape(chunks.shape).swapaxes(1, 2).reshape(features.shape)
   return loss, sums, (d_x, d_matrix)
+
+
+class _Vocabulary:
+  """Reductions over a vocabulary of which this device holds `size` entries."""
+
+  def __init__(self, axis: str | None, size: int) -> None:
+    self._axis = axis
+    self.first_entry = 0 if axis is None else jax.lax.axis_index(axis) * size
+
+  def max(self, x: jax.Array) -> jax.Array:
+    return x if self._axis is None else jax.lax.pmax(x, self._axis)
+
+  def sum(self, x: jax.Array) -> jax.Array:
+    return x if self._axis is None else jax.lax.psum(x, self._axis)
 
 
 def _wide(precision: Precision) -> Any:

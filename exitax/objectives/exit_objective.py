@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -102,15 +103,43 @@ def exit_objective(
     The loss, a scalar, and the sums of every exit for metrics.
   """
   features = features_at_exits(model, params, batch.tokens, batch.segment_ids, batch.positions)
+  loss, sums = losses_of_exits(
+    model, params, dict(enumerate(features)), batch, exit_weights, config=config
+  )
+  return loss, LossSums(exits=sums, tokens=jnp.sum(batch.weights))
+
+
+def losses_of_exits(
+  model: ExitLM,
+  params: Params,
+  features: Mapping[int, jax.Array],
+  batch: PackedBatch,
+  exit_weights: jax.Array,
+  *,
+  config: ObjectiveConfig,
+) -> tuple[jax.Array, ExitSums]:
+  """Weighted sum of the losses of some exits.
+
+  Args:
+    model: the model.
+    params: parameters; only the vocabulary matrices are read.
+    features: number of the exit (the final head's is the last) -> `[batch, length, embed]`.
+    batch: packed tokens; only targets and weights are read.
+    exit_weights: f32 `[exits + 1]`.
+    config: z-loss and slice length.
+
+  Returns:
+    The loss, a scalar, and the sums of all exits, zero for those that are not in `features`.
+  """
   heads = (*model.config.exits, None)
-  matrices = [model.vocab_matrix(params, head) for head in heads]
-  loss = jnp.zeros((), jnp.float32)
+  wide = jnp.promote_types(model.config.precision.dtype, jnp.float32)
+  loss = jnp.zeros((), wide)
   sums: dict[int, ExitSums] = {}
   # Exits that read the same matrix go through it together, so that its gradient exists once.
-  for group in _groups(matrices):
+  for group in exits_by_matrix(model, features):
     result: Any = exit_cross_entropy(
       jnp.stack([features[i] for i in group]),
-      matrices[group[0]],
+      model.vocab_matrix(params, heads[group[0]]),
       batch.targets,
       batch.weights,
       exit_weights[jnp.asarray(group)],
@@ -122,12 +151,16 @@ def exit_objective(
     loss += group_loss
     for place, i in enumerate(group):
       sums[i] = jax.tree.map(lambda x, place=place: x[place], group_sums)
-  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(sums[i] for i in range(len(heads))))
-  return loss, LossSums(exits=stacked, tokens=jnp.sum(batch.weights))
+  zero = jnp.zeros((), wide)
+  none = ExitSums(nll=zero, log_z_squared=zero, correct=zero)
+  every = [sums.get(i, none) for i in range(len(heads))]
+  return loss, jax.tree.map(lambda *xs: jnp.stack(xs), *every)
 
 
-def _groups(matrices: list[jax.Array]) -> list[list[int]]:
-  groups: dict[int, list[int]] = {}
-  for i, matrix in enumerate(matrices):
-    groups.setdefault(id(matrix), []).append(i)
-  return list(groups.values())
+def exits_by_matrix(model: ExitLM, exits: Iterable[int]) -> list[tuple[int, ...]]:
+  """Numbers of exits (the final head's is the last), grouped by the matrix that they read."""
+  heads = (*model.config.exits, None)
+  groups: dict[tuple[str, ...], list[int]] = {}
+  for i in exits:
+    groups.setdefault(model.vocab_matrix_path(heads[i]), []).append(i)
+  return [tuple(group) for group in groups.values()]

@@ -5,7 +5,22 @@ from __future__ import annotations
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.constraint import constrain, current_rules, use
 from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
-from exitax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from exitax.parallel.mesh import (
+  DATA_AXIS,
+  MESH_AXES,
+  PIPELINE_AXIS,
+  TENSOR_AXIS,
+  MeshConfig,
+  make_mesh,
+)
+from exitax.parallel.pipeline import (
+  Keep,
+  PipelineResult,
+  StageProgram,
+  gather_parameter,
+  reduce_gradient,
+  run_pipeline,
+)
 from exitax.parallel.report import (
   ParameterReport,
   ParameterRow,
@@ -21,6 +36,14 @@ from exitax.parallel.rules import (
   check_divisible,
   logical_to_spec,
 )
+from exitax.parallel.schedule import (
+  Schedule,
+  ScheduleKind,
+  bubble_formula,
+  forward_schedule,
+  make_schedule,
+  render_schedule,
+)
 from exitax.parallel.sharding import (
   init_sharded,
   path_name,
@@ -32,7 +55,10 @@ from exitax.parallel.sharding import (
 
 __all__ = [
   # Mesh.
+  'DATA_AXIS',
   'MESH_AXES',
+  'PIPELINE_AXIS',
+  'TENSOR_AXIS',
   'MeshConfig',
   'make_mesh',
   # Rules.
@@ -53,6 +79,19 @@ __all__ = [
   'shard_batch',
   'shardings_like',
   'tree_shardings',
+  # Pipeline.
+  'Keep',
+  'PipelineResult',
+  'Schedule',
+  'ScheduleKind',
+  'StageProgram',
+  'bubble_formula',
+  'forward_schedule',
+  'gather_parameter',
+  'make_schedule',
+  'reduce_gradient',
+  'render_schedule',
+  'run_pipeline',
   # Reports.
   'ParameterReport',
   'ParameterRow',

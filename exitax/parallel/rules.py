@@ -64,8 +64,9 @@ _STANDARD: Mapping[str, MeshAxes] = {
   # Parameters.
   'embed': (),
   'norm': (),  # Scales of a norm: too small to be worth gathering.
-  'layers': (),
+  'layers': (PIPELINE_AXIS,),
   'stage': (PIPELINE_AXIS,),
+  'vocab_part': (PIPELINE_AXIS, TENSOR_AXIS),  # Of exits whose heads all stages share.
   # Activations. `length` is the whole sequence, as inside attention or mlp, where heads or mlp
   # are sharded; `activation_length` is the sequence between those regions.
   'batch': (DATA_AXIS,),
@@ -77,6 +78,7 @@ _STANDARD: Mapping[str, MeshAxes] = {
 # What a user calls the size of such a dimension.
 _SIZE_NAMES: Mapping[str, str] = {
   'vocab': 'vocab_size',
+  'vocab_part': 'vocab_size',
   'embed': 'embed_dim',
   'activation_embed': 'embed_dim',
   'heads': 'num_heads',
@@ -103,13 +105,13 @@ class ShardingRules:
       the standard table.
     replicate_if_uneven: logical names whose dimension is replicated where the mesh does not
       divide it; every other name raises. `kv_heads` is one: with fewer key/value heads than tensor
-      shards, each shard holds them all.
+      shards, each shard holds them all. `layers` is another: uneven stages are cut when they run.
   """
 
   parameters: ParameterSharding = ParameterSharding.FSDP
   sequence: SequenceSharding = SequenceSharding.TENSOR
   overrides: tuple[tuple[str, str | tuple[str, ...] | None], ...] = ()
-  replicate_if_uneven: tuple[str, ...] = ('kv_heads', 'exit', 'thinker')
+  replicate_if_uneven: tuple[str, ...] = ('kv_heads', 'layers', 'exit', 'thinker')
 
   def __post_init__(self) -> None:
     object.__setattr__(self, 'parameters', _member(ParameterSharding, self.parameters))

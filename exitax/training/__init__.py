@@ -17,6 +17,7 @@ from exitax.training.optimizer import (
 )
 
 # Pieces.
+from exitax.training.pipeline import PipelineConfig, PipelinedObjective, Recompute
 from exitax.training.state import TrainState, abstract_state, init_state, state_shardings
 from exitax.training.step import StepMetrics, make_train_step
 
@@ -31,7 +32,10 @@ __all__ = [
   'DivergenceError',
   'LoopConfig',
   'OptimizerConfig',
+  'PipelineConfig',
+  'PipelinedObjective',
   'QuietDisplay',
+  'Recompute',
   'RunConfig',
   'StepMetrics',
   'TrainResult',

@@ -11,6 +11,7 @@ from exitax.models import ModelConfig
 from exitax.objectives import ObjectiveConfig
 from exitax.parallel import MeshConfig, ShardingRules
 from exitax.training.optimizer import OptimizerConfig
+from exitax.training.pipeline import PipelineConfig
 
 # The checkpoints kept as best are those with the lowest held-out loss of the final layer.
 BEST_METRIC = 'held_out/final/nll'
@@ -61,6 +62,8 @@ class LoopConfig:
 class RunConfig:
   """A whole run: what is trained, on what, how, and where.
 
+  `pipeline` counts on meshes with more than one stage only.
+
   Raises:
     UserError: parts that do not fit each other.
   """
@@ -72,6 +75,7 @@ class RunConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   sharding: ShardingRules = ShardingRules()
+  pipeline: PipelineConfig = PipelineConfig()
   checkpoint: CheckpointConfig = CheckpointConfig(best_metric=BEST_METRIC)
 
   def __post_init__(self) -> None:

@@ -37,6 +37,9 @@ class StepMetrics:
 
 TrainStepFn = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
+# Parameters, batch and exit weights to ((loss, sums), gradient), all sums over the batch.
+ValueAndGradFn = Callable[[Params, Any, jax.Array], tuple[tuple[jax.Array, LossSums], Params]]
+
 
 def make_train_step(
   model: ExitLM,
@@ -45,6 +48,7 @@ def make_train_step(
   objective: ObjectiveConfig,
   schedule: optax.Schedule,
   accumulation_steps: int = 1,
+  value_and_grad: ValueAndGradFn | None = None,
 ) -> TrainStepFn:
   """A step function to be jitted with its state donated.
 
@@ -57,17 +61,21 @@ def make_train_step(
     objective: losses and their weights.
     schedule: learning rate by step, for the report.
     accumulation_steps: parts that a batch is cut into, one forward and backward each.
+    value_and_grad: another way to the gradient of the objective, such as
+      `PipelinedObjective.value_and_grad`; None is autodiff of the whole model.
 
   Raises:
     UserError: as `ObjectiveConfig.check`; while tracing, a batch that cannot be cut.
   """
   objective.check(model.config.exits)
 
-  def gradients(params: Params, batch: PackedBatch, weights: jax.Array) -> Any:
+  def autodiff(params: Params, batch: PackedBatch, weights: jax.Array) -> Any:
     def loss_fn(params: Params) -> tuple[jax.Array, LossSums]:
       return exit_objective(model, params, batch, weights, config=objective)
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+  gradients = value_and_grad or autodiff
 
   def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
     weights = objective.weights_at(state.step)

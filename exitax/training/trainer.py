@@ -17,16 +17,17 @@ from exitax.data import Data, Shard, build_data, check_tokenizer
 from exitax.errors import UserError
 from exitax.models import ExitLM, Remat
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
-from exitax.parallel import count_flops, make_mesh, shard_batch, use
+from exitax.parallel import PIPELINE_AXIS, count_flops, make_mesh, shard_batch, use
 from exitax.training.config import RunConfig
 from exitax.training.display import Display, QuietDisplay
 from exitax.training.health import DivergenceError, HealthBounds, largest_rms
 from exitax.training.interrupt import StopSignal
 from exitax.training.metrics import FileMetricsWriter, MetricsWriter
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
+from exitax.training.pipeline import PipelinedObjective
 from exitax.training.profiler import ProfilerWindow
 from exitax.training.state import TrainState, abstract_state, init_state
-from exitax.training.step import StepMetrics, TrainStepFn, make_train_step
+from exitax.training.step import StepMetrics, TrainStepFn, ValueAndGradFn, make_train_step
 from exitax.training.throughput import Throughput, total_peak_flops
 
 
@@ -91,8 +92,12 @@ class _Trainer:
     shard = Shard(jax.process_index(), jax.process_count())
     self._loader = data.train_loader(shard)
     self._eval_loader = data.eval_loader(shard, max_rows=self._loop.eval_rows)
-    self._step = jax.jit(self._make_step(self._model), donate_argnums=0)
-    self._score = jax.jit(make_score_fn(self._model, chunk_length=config.objective.chunk_length))
+    self._pipeline = self._pipelined_objective()
+    value_and_grad = self._pipeline.value_and_grad if self._pipeline else None
+    step = self._make_step(self._model, value_and_grad)
+    self._step = jax.jit(step, donate_argnums=0)
+    score = make_score_fn(self._model, chunk_length=config.objective.chunk_length)
+    self._score = jax.jit(self._pipeline.score if self._pipeline else score)
     self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
     self._largest_rms = jax.jit(largest_rms)
     self._bounds = HealthBounds(
@@ -128,13 +133,30 @@ class _Trainer:
         self._save(state, step)
     return TrainResult(step=step, finished=finished, scores=self._scores, params=state.params)
 
-  def _make_step(self, model: ExitLM) -> TrainStepFn:
+  def _pipelined_objective(self) -> PipelinedObjective | None:
+    """How gradients are made on a mesh with stages; None where there is one."""
+    config = self._config
+    if self._mesh.shape[PIPELINE_AXIS] == 1:
+      return None
+    rows = config.data.batch_size // config.loop.accumulation_steps
+    pipelined = PipelinedObjective(
+      self._model,
+      self._mesh,
+      config.sharding,
+      objective=config.objective,
+      pipeline=config.pipeline,
+    )
+    pipelined.check_rows(rows)
+    return pipelined
+
+  def _make_step(self, model: ExitLM, value_and_grad: ValueAndGradFn | None = None) -> TrainStepFn:
     return make_train_step(
       model,
       self._optimizer,
       objective=self._config.objective,
       schedule=self._schedule,
       accumulation_steps=self._loop.accumulation_steps,
+      value_and_grad=value_and_grad,
     )
 
   def _start(self) -> tuple[TrainState, int]:

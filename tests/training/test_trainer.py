@@ -285,3 +285,40 @@ def test_the_mesh_does_not_change_the_run(tiny, root, straight, tmp_path):
   pairs = itertools.zip_longest(jax.tree.leaves(result.params), jax.tree.leaves(wanted.params))
   for got, want in pairs:
     np.testing.assert_allclose(got, want, atol=5e-4)
+
+
+@pytest.mark.slow
+def test_a_pipeline_does_not_change_the_run_and_resumes_bitwise(tiny, root, straight, tmp_path):
+  wanted, _ = straight
+  config = dataclasses.replace(
+    tiny.make_config(root),
+    mesh=parallel.MeshConfig(data=2, pipeline=2, tensor=2),
+    pipeline=training.PipelineConfig(num_microbatches=2, recompute='none'),
+  )
+  whole = training.train(config, tmp_path / 'whole')
+  with pytest.raises(_Crash):
+    training.train(config, tmp_path / 'crashed', display=_CrashingDisplay(5))
+  resumed = training.train(config, tmp_path / 'crashed')
+  _same(resumed.params, whole.params)
+  for ours, theirs in zip(whole.scores, wanted.scores, strict=True):
+    assert ours.nll == pytest.approx(theirs.nll, rel=1e-4)
+  # What was trained on stages opens on one device.
+  loaded = checkpoint.load_model(
+    tmp_path / 'whole',
+    mesh=parallel.make_mesh(parallel.MeshConfig(data=1), jax.devices()[:1]),
+    rules=parallel.ShardingRules(),
+  )
+  _same(jax.device_get(loaded.params), jax.device_get(whole.params))
+
+
+def test_microbatches_that_do_not_divide_are_named_before_anything_is_written(
+  tiny, root, tmp_path
+):
+  config = dataclasses.replace(
+    tiny.make_config(root),
+    mesh=parallel.MeshConfig(data=4, pipeline=2),
+    pipeline=training.PipelineConfig(num_microbatches=4),
+  )
+  with pytest.raises(UserError, match='num_microbatches=4 x data=4 does not divide the 8 rows'):
+    training.train(config, tmp_path / 'model')
+  assert not (tmp_path / 'model').exists()

@@ -1,0 +1,279 @@
+"""The model over a pipeline: loss, sums and every gradient leaf are those of one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from exitax import data, models, objectives, parallel, training
+from exitax.errors import UserError
+from exitax.layers import HeadKind, Precision
+from exitax.models import ExitConfig, ExitLM, ExitMatrix
+from exitax.training import PipelineConfig, PipelinedObjective
+
+QUICK = {'xla_backend_optimization_level': 0}
+LENGTH, BATCH, LAYERS = 8, 8, 4
+
+EXITS = {
+  'none': (),
+  # Two stages of two layers: in the middle of the first, and at the boundary.
+  'middle': (ExitConfig(layer=1, head=HeadKind.NORM, matrix=ExitMatrix.INPUT),),
+  'boundary': (ExitConfig(layer=2, head=HeadKind.MLP, matrix=ExitMatrix.OWN),),
+  'all_heads': (
+    ExitConfig(layer=1, head=HeadKind.EMBEDDING, matrix=ExitMatrix.SHARED),
+    ExitConfig(layer=2, head=HeadKind.MLP, matrix=ExitMatrix.SHARED),
+    ExitConfig(layer=3, head=HeadKind.LAYER, matrix=ExitMatrix.OWN),
+  ),
+}
+
+
+def _model(exits: str, *, tied: bool, precision: Precision = Precision.FLOAT32) -> ExitLM:
+  return ExitLM(
+    models.ModelConfig(
+      vocab_size=32,
+      num_layers=LAYERS,
+      embed_dim=16,
+      num_heads=8,
+      num_kv_heads=2,
+      head_dim=4,
+      mlp_dim=16,
+      max_length=LENGTH,
+      qk_norm=True,
+      qkv_bias=True,
+      tie_embeddings=tied,
+      exits=EXITS[exits],
+      precision=precision,
+    )
+  )
+
+
+def _objective(model: ExitLM) -> objectives.ObjectiveConfig:
+  weights = [objectives.ExitWeight(start=0.25 * (i + 1)) for i in range(len(model.config.exits))]
+  return objectives.ObjectiveConfig(exit_weights=tuple(weights), z_loss=1e-2, chunk_length=4)
+
+
+def _batch() -> data.Batch:
+  rng = np.random.default_rng(0)
+  segment_ids = np.ones((BATCH, LENGTH), np.int32)
+  positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+  segment_ids[::2, 3:], positions[::2, 3:] = 2, np.arange(LENGTH - 3)
+  segment_ids[1, 5:], positions[1, 5:] = 0, 0
+  # Rows count very different numbers of tokens, so that a mean of means would be another number.
+  weights = (segment_ids > 0) * (rng.random((BATCH, LENGTH)) < np.linspace(0.1, 1, BATCH)[:, None])
+  tokens, targets = rng.integers(0, 32, (2, BATCH, LENGTH)).astype(np.int32)
+  return data.Batch(
+    tokens=tokens,
+    targets=targets,
+    segment_ids=segment_ids,
+    positions=positions,
+    weights=weights.astype(np.float32),
+  )
+
+
+def _random_params(model: ExitLM):
+  """Larger than at the start, so that every path through the model counts."""
+  rng = np.random.default_rng(1)
+  wide = np.float64 if model.config.precision is Precision.FLOAT64 else np.float32
+
+  def draw(path, leaf):
+    mean = 1.0 if path[-1].key == 'scale' else 0.0
+    return (mean + 0.2 * rng.normal(size=leaf.shape)).astype(wide)
+
+  return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@functools.cache
+def _sequential(model: ExitLM):
+  objective = _objective(model)
+
+  def loss(params):
+    weights = objective.weights_at(0)
+    return objectives.exit_objective(model, params, _batch(), weights, config=objective)
+
+  program = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+  return jax.device_get(program(_random_params(model)))
+
+
+def _pipelined(model: ExitLM, sizes: tuple[int, int, int], config: PipelineConfig, rules=None):
+  rules = rules or parallel.ShardingRules()
+  num_devices = int(np.prod(sizes))
+  mesh = parallel.make_mesh(parallel.MeshConfig(*sizes), jax.devices()[:num_devices])
+  with parallel.use(mesh, rules):
+    objective = _objective(model)
+    pipelined = PipelinedObjective(model, mesh, rules, objective=objective, pipeline=config)
+    params = _random_params(model)
+    layout = parallel.tree_shardings(params, model.logical_axes(), mesh, rules)
+    arguments = jax.block_until_ready(
+      (
+        jax.device_put(params, layout),
+        parallel.shard_batch(_batch(), mesh, rules),
+        objective.weights_at(0),
+      )
+    )
+    step = jax.jit(pipelined.value_and_grad, compiler_options=QUICK)
+    score = jax.jit(pipelined.score, compiler_options=QUICK)
+    found = jax.block_until_ready(step(*arguments))
+    return jax.device_get((found, score(*arguments[:2])))
+
+
+def _check(model: ExitLM, found, tolerance: float) -> None:
+  ((loss, sums), grads), scored = found
+  (wanted_loss, wanted_sums), wanted_grads = _sequential(model)
+  np.testing.assert_allclose(loss, wanted_loss, rtol=tolerance)
+  for got in (sums, scored):
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(wanted_sums), strict=True):
+      np.testing.assert_allclose(left, right, rtol=tolerance)
+  assert jax.tree.structure(grads) == jax.tree.structure(wanted_grads)
+  for (path, left), right in zip(
+    jax.tree.leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    largest = float(np.abs(right).max())
+    assert largest > 0, name
+    np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * largest, err_msg=name)
+
+
+# Every pair of (mesh, schedule), (schedule, exits), (exits, recompute), (recompute, vocabulary) and
+# most others; the full product is benchmarks/pipeline_exactness.py.
+CASES = [
+  ((1, 2, 1), '1f1b', 1, 'all_heads', True, 'none', 'pipeline'),
+  ((2, 2, 2), '1f1b', 1, 'all_heads', False, 'stage', 'stage'),
+  ((2, 2, 2), 'interleaved', 2, 'boundary', True, 'selective', 'pipeline'),
+  ((1, 4, 2), 'gpipe', 1, 'all_heads', False, 'layer', 'pipeline'),
+  ((2, 4, 1), '1f1b', 1, 'boundary', False, 'none', 'stage'),
+  ((4, 2, 1), 'gpipe', 1, 'middle', True, 'none', 'pipeline'),
+  ((1, 2, 4), 'interleaved', 2, 'middle', False, 'none', 'stage'),
+  ((2, 4, 1), 'gpipe', 1, 'none', True, 'stage', 'pipeline'),
+  ((1, 2, 2), '1f1b', 1, 'none', False, 'selective', 'pipeline'),
+  ((2, 2, 1), 'interleaved', 2, 'all_heads', True, 'layer', 'pipeline'),
+  ((8, 1, 1), '1f1b', 1, 'middle', True, 'stage', 'stage'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('sizes', 'schedule', 'chunks', 'exits', 'tied', 'recompute', 'vocab'), CASES
+)
+def test_gradients_are_those_of_one_device(sizes, schedule, chunks, exits, tied, recompute, vocab):
+  model = _model(exits, tied=tied)
+  config = PipelineConfig(
+    schedule=schedule,
+    num_microbatches=min(4, BATCH // sizes[0]),
+    num_chunks=chunks,
+    recompute=recompute,
+    vocab=vocab,
+  )
+  _check(model, _pipelined(model, sizes, config), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stages', [1, 2, 4])
+def test_gradients_are_exact_in_float64(x64, stages):
+  model = _model('all_heads', tied=False, precision=Precision.FLOAT64)
+  vocab = 'stage' if stages == 2 else 'pipeline'
+  config = PipelineConfig(num_microbatches=4, recompute='none', vocab=vocab)
+  _check(model, _pipelined(model, (1, stages, 1), config), 1e-10)
+
+
+@pytest.mark.parametrize('layers', [None, (1, 1, 2)], ids=['as_even_as_it_gets', 'as_told'])
+def test_stages_may_differ_in_layers(layers):
+  model = _model('all_heads', tied=True)
+  config = PipelineConfig(num_microbatches=4, layers_per_span=layers, vocab='stage')
+  _check(model, _pipelined(model, (1, 3, 1), config), 1e-5)
+
+
+def test_sharding_by_rule_changes_nothing():
+  model = _model('boundary', tied=True)
+  rules = parallel.ShardingRules(parameters='replicated', sequence='whole')
+  config = PipelineConfig(num_microbatches=2)
+  _check(model, _pipelined(model, (2, 2, 2), config, rules), 1e-5)
+
+
+def test_gradients_added_up_in_bfloat16_are_close_and_not_the_same():
+  model = _model('boundary', tied=True)
+  config = PipelineConfig(num_microbatches=2, gradient_dtype='bfloat16')
+  ((loss, _), grads), _ = _pipelined(model, (2, 2, 1), config)
+  (wanted_loss, _), wanted = _sequential(model)
+  np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+  errors = [
+    float(np.abs(a - b).max() / np.abs(b).max())
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True)
+  ]
+  assert 1e-5 < max(errors) < 2e-2
+
+
+def test_one_forward_one_backward_needs_no_more_memory_for_more_microbatches():
+  """Twice the rows in twice the microbatches: the temporary memory of GPipe doubles."""
+  model = _model('boundary', tied=True)
+  mesh = parallel.make_mesh(parallel.MeshConfig(1, 2, 1), jax.devices()[:2])
+  rules = parallel.ShardingRules()
+
+  def temporary(schedule: str, num_microbatches: int) -> int:
+    config = PipelineConfig(schedule=schedule, num_microbatches=num_microbatches)
+    batch = jax.tree.map(lambda x: np.concatenate([x] * (num_microbatches // 8)), _batch())
+    with parallel.use(mesh, rules):
+      pipelined = PipelinedObjective(
+        model, mesh, rules, objective=_objective(model), pipeline=config
+      )
+      arguments = (_random_params(model), batch, np.ones(2, np.float32))
+      program = jax.jit(pipelined.value_and_grad, compiler_options=QUICK).lower(*arguments)
+      return program.compile().memory_analysis().temp_size_in_bytes
+
+  kept = LENGTH * model.config.embed_dim * 4  # Of a microbatch by a stage.
+  # The arrays of the batch themselves, weights of exits, and rows of the tables.
+  given = LENGTH * 5 * 4 + 2 * 4 + 6 * 4
+  assert temporary('1f1b', 32) - temporary('1f1b', 8) <= 24 * given
+  assert temporary('gpipe', 32) - temporary('gpipe', 8) >= 24 * kept
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'changes', 'words'),
+  [
+    ((1, 8, 1), {}, 'pipeline=8 is more than num_layers=4: choose at most 4 stages'),
+    ((2, 2, 1), {'num_microbatches': 3}, 'num_microbatches=3 x data=2 does not divide the 8 rows'),
+    ((1, 3, 1), {}, 'vocab_size=32 cannot be shared by pipeline x tensor = 3 devices'),
+    ((1, 2, 1), {'layers_per_span': (3, 2)}, r'layers_per_span=\(3, 2\) must be 2 numbers'),
+    ((1, 2, 1), {'layers_per_span': (4, 0)}, 'has a span without layers'),
+    (
+      (1, 2, 1),
+      {'schedule': 'interleaved', 'num_chunks': 2, 'num_microbatches': 1},
+      'num_microbatches=1 is not a multiple of the 2 stages',
+    ),
+  ],
+)
+def test_what_does_not_fit_is_named(sizes, changes, words):
+  model = _model('none', tied=True)
+  mesh = parallel.make_mesh(parallel.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+  with pytest.raises(UserError, match=words):
+    pipelined = PipelinedObjective(
+      model,
+      mesh,
+      parallel.ShardingRules(),
+      objective=_objective(model),
+      pipeline=PipelineConfig(**{'num_microbatches': 4, **changes}),
+    )
+    pipelined.check_rows(BATCH)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'schedule': 'zigzag'}, "'1f1b'"),
+    ({'recompute': 'all'}, 'PipelineConfig.recompute'),
+    ({'vocab': 'nowhere'}, 'PipelineConfig.vocab'),
+    ({'gradient_dtype': 'float16'}, "choose 'float32' or 'bfloat16'"),
+    ({'num_microbatches': 0}, 'num_microbatches=0 must be at least 1'),
+  ],
+)
+def test_a_bad_configuration_is_named(changes, words):
+  with pytest.raises(UserError, match=words):
+    PipelineConfig(**changes)
+
+
+def test_configuration_is_part_of_a_run():
+  fields = {field.name for field in dataclasses.fields(training.RunConfig)}
+  assert 'pipeline' in fields
