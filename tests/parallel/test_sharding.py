@@ -51,7 +51,9 @@ def test_sharded_init_is_bitwise_the_unsharded(sizes):
   want = parallel.init_sharded(init, key, AXES, one, RULES)
   got = parallel.init_sharded(init, key, AXES, mesh, RULES)
   jax.tree.map(np.testing.assert_array_equal, got, want)
-  jax.tree.map(np.testing.assert_array_equal, want, jax.jit(init)(key))
+  # Newer XLA rounds differently by optimization level: the whole program on the same one.
+  whole = jax.jit(init, compiler_options={'xla_backend_optimization_level': 1})(key)
+  jax.tree.map(np.testing.assert_array_equal, want, whole)
   kernel = got['embed']['kernel']
   assert kernel.sharding.spec == P('tensor', 'data')
   assert kernel.addressable_shards[0].data.shape == (32 // sizes[2], 16 // sizes[0])

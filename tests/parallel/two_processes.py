@@ -37,7 +37,9 @@ def check_init(mesh: jax.sharding.Mesh) -> None:
   key = jax.random.key(5)
   axes = {'w': ('vocab', 'embed')}
   params = parallel.init_sharded(init, key, axes, mesh, parallel.ShardingRules())
-  want = np.asarray(jax.jit(init)(key)['w'])
+  # On the optimization level of `init_sharded`: newer XLA rounds differently by level.
+  whole = jax.jit(init, compiler_options={'xla_backend_optimization_level': 1})
+  want = np.asarray(whole(key)['w'])
   for shard in params['w'].addressable_shards:
     np.testing.assert_array_equal(shard.data, want[shard.index])
 
