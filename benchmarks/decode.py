@@ -300,11 +300,11 @@ def _llama(params: Params) -> Any:
 
 
 def _check_logits(params: Params, model: Any) -> None:
-  tokens = np.asarray(_prompts(1))
-  positions = np.arange(PROMPT)[None]
-  ours = logits_at_exits(ExitLM(CONFIG), params, tokens, np.ones_like(tokens), positions)[-1]
+  tokens = jnp.asarray(_prompts(1))
+  positions = jnp.arange(PROMPT)[None]
+  ours = logits_at_exits(ExitLM(CONFIG), params, tokens, jnp.ones_like(tokens), positions)[-1]
   with torch.inference_mode():
-    theirs = model(torch.tensor(tokens)).logits.numpy()
+    theirs = model(torch.tensor(_prompts(1))).logits.numpy()
   np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 

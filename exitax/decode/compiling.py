@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 # On the CPU, XLA hands products with a few rows to YNNPACK, which packs the weights anew on every
 # call. Without it, 16 lanes through one layer's weights take 2.1 times as long as 1 lane, instead
@@ -37,7 +38,7 @@ class DecodeJit:
     )
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
       # Part of a larger program, which brings options of its own.
       return self._fn(*args, **kwargs)
     return self.jitted(*args, **kwargs)

@@ -120,7 +120,7 @@ class SpanObjective:
     """Weighted losses of the span's exits, and their sums."""
     batch = microbatch.batch
     batch = dataclasses.replace(batch, weights=batch.weights * counts)
-    microbatch = microbatch.replace(batch=batch)
+    microbatch = dataclasses.replace(microbatch, batch=batch)
     if self.placement is VocabPlacement.STAGE:
       branches = [self._own_losses(exits) for exits in self.plan.exits]
       return jax.lax.switch(span, branches, shared, taps, microbatch)

@@ -200,9 +200,9 @@ class _Executor:
         carry, sent_gradient = self._backward(carry, rows[1])
       # Outside of everything conditional, and last: neighbours meet here and nowhere else.
       if phase.has_forward:
-        carry = carry.replace(hidden=self._send(sent_hidden, 1))
+        carry = dataclasses.replace(carry, hidden=self._send(sent_hidden, 1))
       if phase.has_backward:
-        carry = carry.replace(gradient=self._send(sent_gradient, -1))
+        carry = dataclasses.replace(carry, gradient=self._send(sent_gradient, -1))
       return carry, None
 
     return jax.lax.scan(tick, carry, (forwards, backwards))[0]
@@ -227,7 +227,7 @@ class _Executor:
     ring = jax.tree.map(
       lambda ring, x: jax.lax.dynamic_update_index_in_dim(ring, x, work.slot, 0), carry.ring, kept
     )
-    return carry.replace(ring=ring), hidden
+    return dataclasses.replace(carry, ring=ring), hidden
 
   def _backward(self, carry: _Carry, work: _Work) -> tuple[_Carry, jax.Array]:
     params, microbatch, span = self._pick(work)
@@ -260,7 +260,7 @@ class _Executor:
       of_head,
       of_stage,
     )
-    return carry.replace(params=params_sum, shared=shared_sum), of_hidden
+    return dataclasses.replace(carry, params=params_sum, shared=shared_sum), of_hidden
 
   def _stage_fn(self, microbatch: PyTree, span: jax.Array) -> Callable[..., Any]:
     def stage_fn(params: PyTree, shared: PyTree, hidden: jax.Array) -> tuple[jax.Array, PyTree]:
@@ -280,7 +280,7 @@ class _Executor:
     return (work.microbatch >= 0).astype(jnp.float32)
 
   def _add(self, carry: _Carry, sums: PyTree) -> _Carry:
-    return carry.replace(sums=jax.tree.map(jnp.add, carry.sums, sums))
+    return dataclasses.replace(carry, sums=jax.tree.map(jnp.add, carry.sums, sums))
 
   def _send(self, x: jax.Array, step: int) -> jax.Array:
     """What the neighbour in the other direction sent; the ring is closed only for several chunks."""

@@ -69,31 +69,31 @@ def _propagate(jaxpr: Any, marks: Sequence[bool]) -> list[bool]:
 
 
 def _outputs_marked(eqn: Any, inputs: Sequence[bool]) -> list[bool]:
-  closed = eqn.params.get('jaxpr')
-  inner = getattr(closed, 'jaxpr', closed)
-  fits = inner is not None and hasattr(inner, 'eqns') and len(inner.invars) == len(inputs)
-  if eqn.primitive.name in ('jit', 'pjit', 'remat', 'checkpoint', 'custom_vjp_call') and fits:
+  inner = _body(eqn)
+  if inner is None or len(inner.invars) != len(inputs):
+    return [any(inputs)] * len(eqn.outvars)
+  if eqn.primitive.name != 'scan':
     return _propagate(inner, inputs)
-  if eqn.primitive.name == 'scan' and fits:
-    num_carry = len(eqn.outvars) - sum(
-      len(out.aval.shape) > len(var.aval.shape)
-      for out, var in zip(eqn.outvars, inner.outvars, strict=True)
-    )
-    num_consts = len(inputs) - num_carry - _num_scanned(eqn, inner)
-    marks = list(inputs)
-    while True:
-      outputs = _propagate(inner, marks)
-      carried = marks[num_consts : num_consts + num_carry]
-      grown = [a or b for a, b in zip(carried, outputs[:num_carry], strict=True)]
-      if grown == carried:
-        return outputs
-      marks[num_consts : num_consts + num_carry] = grown
-  return [any(inputs)] * len(eqn.outvars)
+  # A scan's body reads its own carry: marks grow until they stay. What is stacked or cut along the
+  # first axis has one axis less inside; the carry has as many.
+  num_carry = _num_of_same_rank(eqn.outvars, inner.outvars)
+  first = _num_of_same_rank(eqn.invars, inner.invars) - num_carry
+  marks = list(inputs)
+  while True:
+    outputs = _propagate(inner, marks)
+    carried = marks[first : first + num_carry]
+    grown = [a or b for a, b in zip(carried, outputs[:num_carry], strict=True)]
+    if grown == carried:
+      return outputs
+    marks[first : first + num_carry] = grown
 
 
-def _num_scanned(eqn: Any, inner: Any) -> int:
-  """Inputs of a scan that are cut along their first axis."""
-  return sum(
-    len(outer.aval.shape) > len(var.aval.shape)
-    for outer, var in zip(eqn.invars, inner.invars, strict=True)
-  )
+def _body(eqn: Any) -> Any:
+  """The jaxpr of a call or a scan; None for everything else."""
+  if eqn.primitive.name not in ('jit', 'pjit', 'scan'):
+    return None
+  return eqn.params['jaxpr'].jaxpr
+
+
+def _num_of_same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+  return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))

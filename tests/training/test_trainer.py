@@ -311,9 +311,7 @@ def test_a_pipeline_does_not_change_the_run_and_resumes_bitwise(tiny, root, stra
   _same(jax.device_get(loaded.params), jax.device_get(whole.params))
 
 
-def test_microbatches_that_do_not_divide_are_named_before_anything_is_written(
-  tiny, root, tmp_path
-):
+def test_microbatches_that_do_not_divide_are_named_before_anything_is_written(tiny, root, tmp_path):
   config = dataclasses.replace(
     tiny.make_config(root),
     mesh=parallel.MeshConfig(data=4, pipeline=2),
