@@ -29,11 +29,15 @@ def _is_worker() -> bool:
 
 
 def _xla_flags() -> str:
-  # Eight devices on two busy cores can keep a collective waiting longer than XLA's 40 seconds, after
-  # which it would end the process.
-  patience = '--xla_cpu_collective_call_terminate_timeout_seconds=300'
-  flags = os.environ.get('XLA_FLAGS', '')
-  return flags if patience in flags else f'{flags} {patience}'.strip()
+  wanted = [
+    # Eight devices on two busy cores can keep a collective waiting longer than XLA's 40 seconds,
+    # after which it would end the process.
+    '--xla_cpu_collective_call_terminate_timeout_seconds=300',
+    # As `exitax.parallel.emulate_devices`: otherwise devices can wait for each other forever.
+    '--xla_cpu_enable_concurrency_optimized_scheduler=false',
+  ]
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  return ' '.join([*flags, *(flag for flag in wanted if flag not in flags)])
 
 
 def _set_environment() -> None:

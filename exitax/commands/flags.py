@@ -10,7 +10,7 @@ import jax
 
 from exitax.commands import gin_config
 from exitax.data import cache_root
-from exitax.errors import UserError
+from exitax.parallel import emulate_devices
 
 
 def add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,16 +71,7 @@ def parse_gin(
 def start_jax(flags: argparse.Namespace) -> None:
   """Sets devices and the compile cache; must come before the first array is made."""
   if getattr(flags, 'emulate_devices', 0):
-    _emulate(flags.emulate_devices)
+    emulate_devices(flags.emulate_devices)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(cache_root(None) / 'jax'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-def _emulate(num_devices: int) -> None:
-  if num_devices < 1:
-    raise UserError(f'--emulate_devices={num_devices} must be at least 1')
-  # pyright does not know the attribute: jax makes it when it is imported.
-  if jax.config.jax_num_cpu_devices != num_devices:  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', num_devices)

@@ -20,6 +20,7 @@ from exitax.objectives.exit_objective import (
   exits_by_matrix,
   losses_of_exits,
 )
+from exitax.parallel import gather_stages
 
 
 class VocabPlacement(enum.Enum):
@@ -156,9 +157,8 @@ class SpanObjective:
     features = jax.lax.switch(span, branches, shared, taps, microbatch.batch)
     batch = microbatch.batch
     # The stages are at different microbatches: targets and weights come along.
-    features, targets, weights, spans = jax.lax.all_gather(
-      (features, batch.targets, batch.weights, span), self.axis
-    )
+    features: Any = gather_stages(features, self.axis)
+    targets, weights, spans = jax.lax.all_gather((batch.targets, batch.weights, span), self.axis)
     exit_of = jnp.asarray(self._exit_of)[spans]
     num_exits = len(self.plan.depths)
     loss, sums = jnp.zeros(()), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.constraint import constrain, current_rules, use
+from exitax.parallel.emulation import COLLECTIVES_IN_ORDER, emulate_devices
 from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
 from exitax.parallel.mesh import (
   DATA_AXIS,
@@ -18,6 +19,7 @@ from exitax.parallel.pipeline import (
   PipelineResult,
   StageProgram,
   gather_parameter,
+  gather_stages,
   reduce_gradient,
   run_pipeline,
 )
@@ -55,11 +57,13 @@ from exitax.parallel.sharding import (
 
 __all__ = [
   # Mesh.
+  'COLLECTIVES_IN_ORDER',
   'DATA_AXIS',
   'MESH_AXES',
   'PIPELINE_AXIS',
   'TENSOR_AXIS',
   'MeshConfig',
+  'emulate_devices',
   'make_mesh',
   # Rules.
   'LogicalAxes',
@@ -88,6 +92,7 @@ __all__ = [
   'bubble_formula',
   'forward_schedule',
   'gather_parameter',
+  'gather_stages',
   'make_schedule',
   'reduce_gradient',
   'render_schedule',

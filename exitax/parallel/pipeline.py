@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -335,6 +336,30 @@ def _at(tree: PyTree, index: jax.Array) -> PyTree:
 
 def _wide_zeros(x: jax.Array) -> jax.Array:
   return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_stages(x: jax.Array, axis: str) -> jax.Array:
+  """Every stage's `x`, stacked `[stages, ...]`; differentiable where each stage reads all of them.
+
+  The gradient's parts travel in the dtype of `x` and are added up in at least float32 where they
+  arrive. (A reduce-scatter would add them up in that dtype, and XLA's CPU compiler aborts on
+  bfloat16 ones of `jax.shard_map`.)
+  """
+  return jax.lax.all_gather(x, axis)
+
+
+def _gather_forward(x: jax.Array, axis: str) -> tuple[jax.Array, None]:
+  return jax.lax.all_gather(x, axis), None
+
+
+def _gather_backward(axis: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+  parts = jax.lax.all_to_all(gradient, axis, split_axis=0, concat_axis=0, tiled=True)
+  wide = jnp.promote_types(gradient.dtype, jnp.float32)
+  return (jnp.sum(parts.astype(wide), axis=0).astype(gradient.dtype),)
+
+
+gather_stages.defvjp(_gather_forward, _gather_backward)
 
 
 def reduce_gradient(

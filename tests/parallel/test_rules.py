@@ -16,7 +16,7 @@ RULES = parallel.ShardingRules()
   ('axes', 'spec'),
   [
     (('vocab', 'embed'), P('tensor', 'data')),
-    (('layers', 'embed', 'heads', 'kv'), P(None, 'data', 'tensor', None)),
+    (('layers', 'embed', 'heads', 'kv'), P('pipeline', 'data', 'tensor', None)),
     (('batch', 'activation_length', 'activation_embed'), P('data', 'tensor', None)),
     (('batch', 'length', 'mlp'), P('data', None, 'tensor')),
     (('stage', None), P('pipeline', None)),

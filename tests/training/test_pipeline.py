@@ -206,6 +206,16 @@ def test_gradients_added_up_in_bfloat16_are_close_and_not_the_same():
   assert 1e-5 < max(errors) < 2e-2
 
 
+def test_bfloat16_trains_on_every_axis():
+  """Collectives in bfloat16 compile, and the loss is close to float32's."""
+  model = _model('all_heads', tied=True, precision=Precision.BFLOAT16)
+  config = PipelineConfig(num_microbatches=2, recompute='none')
+  ((loss, _), grads), _ = _pipelined(model, (2, 2, 2), config)
+  (wanted, _), _ = _sequential(_model('all_heads', tied=True))
+  np.testing.assert_allclose(loss, wanted, rtol=2e-2)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
 def test_one_forward_one_backward_needs_no_more_memory_for_more_microbatches():
   """Twice the rows in twice the microbatches: the temporary memory of GPipe doubles."""
   model = _model('boundary', tied=True)
