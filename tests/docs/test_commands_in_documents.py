@@ -123,12 +123,17 @@ def test_gin_file_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> No
   files = [name] if name == 'runs/quickstart.gin' else ['runs/quickstart.gin', name]
   if name.startswith('exits/quarter') or name == 'models/small.gin':
     files = ['runs/quickstart.gin', 'models/small.gin', 'exits/quarter_half.gin']
+  pod = re.fullmatch(r'parallel/v\w+?_\dx\dx?\d?_(ee_\w+)\.gin', name)
+  if pod:
+    files = ['runs/quickstart.gin', f'models/{pod.group(1)}.gin', name]
   required = [
     '--gin.TRAIN_STEPS=1',
     "--gin.MODEL_DIR='unused'",
     "--gin.MIXTURE_OR_TASK_NAME='python_library'",
     # A file for one device, on the eight of the tests.
-    *(['--gin.MeshConfig.data=-1'] if name == 'parallel/single.gin' else []),
+    *(['--gin.MeshConfig.data=-1'] if name == 'parallel/single.gin' or pod else []),
+    # Files for slices of a pod, likewise.
+    *(['--gin.MeshConfig.tensor=1'] if pod else []),
   ]
   with pytest.raises(SystemExit) as stop:
     main(['train', '--dry_run', *(f'--gin_file={file}' for file in files), *required])
