@@ -111,7 +111,7 @@ def measure(case: Case) -> dict[str, Any]:
         num_microbatches=case.num_microbatches,
       ),
     )
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.abstract_params()
     layout = tree_shardings(shapes, model.logical_axes(), mesh, rules)
     params = jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, layout

@@ -99,7 +99,7 @@ def load_model(
   """
   config, tokenizer = read_model(model_dir)
   model = ExitLM(config)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = model.abstract_params()
   shardings = tree_shardings(shapes, model.logical_axes(), mesh, rules)
   abstract = jax.tree.map(
     lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),

@@ -56,7 +56,7 @@ def run(flags: argparse.Namespace) -> int:
 def model_table(config: ModelConfig, mesh_config: MeshConfig, rules: ShardingRules) -> str:
   """The table of parameters on a mesh of the devices that are here."""
   model = ExitLM(config)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = model.abstract_params()
   mesh = make_mesh(mesh_config)
   table = render_report(parameter_report(shapes, model.logical_axes(), mesh, rules))
   exits = ', '.join(

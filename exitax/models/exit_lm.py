@@ -57,9 +57,13 @@ class ExitLM:
     """Random parameters from a typed `jax.random.key`."""
     return nn.meta.unbox(self._boxed_init(key))
 
+  def abstract_params(self) -> Params:
+    """The tree of parameters as `jax.ShapeDtypeStruct`s; runs nothing on any device."""
+    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
   def logical_axes(self) -> Params:
     """The tree of parameters with, for each leaf, its tuple of logical axis names."""
-    boxed = jax.eval_shape(self._boxed_init, jax.random.key(0))
+    boxed = jax.eval_shape(lambda: self._boxed_init(jax.random.key(0)))
     return jax.tree.map(
       lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
     )

@@ -261,7 +261,7 @@ class PipelinedObjective:
     )
 
   def _view_shardings(self) -> _Views:
-    params = jax.eval_shape(self._model.init, jax.random.key(0))
+    params = self._model.abstract_params()
     axes = self._model.logical_axes()
     views = jax.eval_shape(self._views, params)
 

@@ -43,7 +43,7 @@ def state_shardings(
   Raises:
     UserError: the mesh does not divide a dimension that the rules shard.
   """
-  params = jax.eval_shape(model.init, jax.random.key(0))
+  params = model.abstract_params()
   params_shardings = tree_shardings(params, model.logical_axes(), mesh, rules)
   opt_state = jax.eval_shape(optimizer.init, params)
   step: Any = replicated(mesh)  # A sharding where the state has an array.
@@ -74,13 +74,13 @@ def abstract_state(
 ) -> TrainState:
   """The state's shapes, dtypes and shardings, for restoring a checkpoint onto this mesh."""
 
-  def make(key: jax.Array) -> TrainState:
-    params = model.init(key)
+  def make() -> TrainState:
+    params = model.init(jax.random.key(0))
     return TrainState(
       step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
     )
 
-  shapes = jax.eval_shape(make, jax.random.key(0))
+  shapes = jax.eval_shape(make)
   shardings = state_shardings(model, optimizer, mesh, rules)
   return jax.tree.map(
     lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
