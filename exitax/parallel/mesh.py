@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from exitax.errors import UserError
@@ -78,14 +79,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  resolved = config.resolve(len(devices))
-  # jax.make_mesh defaults to Explicit axes; the rules here leave placement to the compiler.
-  return jax.make_mesh(
-    tuple(resolved.sizes.values()),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
-  )
+  sizes = tuple(config.resolve(len(devices)).sizes.values())
+  # A torus of 4 x 4 chips holds axes of 2 only if its own axes may be split.
+  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  # Meshes default to Explicit axes; the rules here leave placement to the compiler.
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def divisors(number: int) -> list[int]:
