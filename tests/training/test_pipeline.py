@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from exitax import data, models, objectives, parallel, training
+from exitax import data, models, objectives, parallel
 from exitax.errors import UserError
 from exitax.layers import HeadKind, Precision
 from exitax.models import ExitConfig, ExitLM, ExitMatrix
@@ -282,8 +281,3 @@ def test_what_does_not_fit_is_named(sizes, changes, words):
 def test_a_bad_configuration_is_named(changes, words):
   with pytest.raises(UserError, match=words):
     PipelineConfig(**changes)
-
-
-def test_configuration_is_part_of_a_run():
-  fields = {field.name for field in dataclasses.fields(training.RunConfig)}
-  assert 'pipeline' in fields
