@@ -8,14 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from exitax import data, models, objectives, parallel
+from exitax import models, objectives, parallel
 from exitax.errors import UserError
 from exitax.layers import HeadKind, Precision
 from exitax.models import ExitConfig, ExitLM, ExitMatrix
 from exitax.training import PipelineConfig, PipelinedObjective
+from tests.training.packed_batch import BATCH, LENGTH, make_batch
 
 QUICK = {'xla_backend_optimization_level': 0}
-LENGTH, BATCH, LAYERS = 8, 8, 4
+LAYERS = 4
 
 EXITS = {
   'none': (),
@@ -55,24 +56,6 @@ def _objective(model: ExitLM) -> objectives.ObjectiveConfig:
   return objectives.ObjectiveConfig(exit_weights=tuple(weights), z_loss=1e-2, chunk_length=4)
 
 
-def _batch() -> data.Batch:
-  rng = np.random.default_rng(0)
-  segment_ids = np.ones((BATCH, LENGTH), np.int32)
-  positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-  segment_ids[::2, 3:], positions[::2, 3:] = 2, np.arange(LENGTH - 3)
-  segment_ids[1, 5:], positions[1, 5:] = 0, 0
-  # Rows count very different numbers of tokens, so that a mean of means would be another number.
-  weights = (segment_ids > 0) * (rng.random((BATCH, LENGTH)) < np.linspace(0.1, 1, BATCH)[:, None])
-  tokens, targets = rng.integers(0, 32, (2, BATCH, LENGTH)).astype(np.int32)
-  return data.Batch(
-    tokens=tokens,
-    targets=targets,
-    segment_ids=segment_ids,
-    positions=positions,
-    weights=weights.astype(np.float32),
-  )
-
-
 def _random_params(model: ExitLM):
   """Larger than at the start, so that every path through the model counts."""
   rng = np.random.default_rng(1)
@@ -91,7 +74,7 @@ def _sequential(model: ExitLM):
 
   def loss(params):
     weights = objective.weights_at(0)
-    return objectives.exit_objective(model, params, _batch(), weights, config=objective)
+    return objectives.exit_objective(model, params, make_batch(), weights, config=objective)
 
   program = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
   return jax.device_get(program(_random_params(model)))
@@ -109,7 +92,7 @@ def _pipelined(model: ExitLM, sizes: tuple[int, int, int], config: PipelineConfi
     arguments = jax.block_until_ready(
       (
         jax.device_put(params, layout),
-        parallel.shard_batch(_batch(), mesh, rules),
+        parallel.shard_batch(make_batch(), mesh, rules),
         objective.weights_at(0),
       )
     )
@@ -223,7 +206,7 @@ def test_one_forward_one_backward_needs_no_more_memory_for_more_microbatches():
 
   def temporary(schedule: str, num_microbatches: int) -> int:
     config = PipelineConfig(schedule=schedule, num_microbatches=num_microbatches)
-    batch = jax.tree.map(lambda x: np.concatenate([x] * (num_microbatches // 8)), _batch())
+    batch = jax.tree.map(lambda x: np.concatenate([x] * (num_microbatches // 8)), make_batch())
     with parallel.use(mesh, rules):
       pipelined = PipelinedObjective(
         model, mesh, rules, objective=_objective(model), pipeline=config

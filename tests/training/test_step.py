@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from exitax import checkpoint, data, models, objectives, parallel, training
+from exitax import checkpoint, models, objectives, parallel, training
 from exitax.errors import UserError
 from exitax.layers import HeadKind, causal, platform
 from exitax.models import ExitConfig, ExitLM, ExitMatrix
+from tests.training.packed_batch import BATCH, LENGTH, make_batch
 
 QUICK = {'xla_backend_optimization_level': 0}
-LENGTH, BATCH = 8, 8
 MODEL = models.ModelConfig(
   vocab_size=32,
   num_layers=4,
@@ -52,24 +52,6 @@ def _several_blocks_of_queries():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(causal, 'MIN_BLOCK', 4)
     yield
-
-
-def _batch() -> data.Batch:
-  rng = np.random.default_rng(0)
-  segment_ids = np.ones((BATCH, LENGTH), np.int32)
-  positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-  segment_ids[::2, 3:], positions[::2, 3:] = 2, np.arange(LENGTH - 3)
-  segment_ids[1, 5:], positions[1, 5:] = 0, 0
-  # Rows count very different numbers of tokens, so that a mean of means would be another number.
-  weights = (segment_ids > 0) * (rng.random((BATCH, LENGTH)) < np.linspace(0.1, 1, BATCH)[:, None])
-  tokens, targets = rng.integers(0, 32, (2, BATCH, LENGTH)).astype(np.int32)
-  return data.Batch(
-    tokens=tokens,
-    targets=targets,
-    segment_ids=segment_ids,
-    positions=positions,
-    weights=weights.astype(np.float32),
-  )
 
 
 def _random_params():
@@ -107,7 +89,7 @@ def _one_step(mesh, rules, *, accumulation_steps: int = 1):
     accumulation_steps=accumulation_steps,
   )
   with parallel.use(mesh, rules):
-    batch = parallel.shard_batch(_batch(), mesh, rules)
+    batch = parallel.shard_batch(make_batch(), mesh, rules)
     program = jax.jit(step_fn, donate_argnums=0, compiler_options=QUICK)
     # One thing at a time: eight emulated devices share the threads of a few cores.
     arguments = jax.block_until_ready((_state(mesh, rules), batch))
@@ -138,7 +120,7 @@ def _assert_same(got, wanted, tolerance: float) -> None:
 
 def test_loss_is_the_mean_over_counted_tokens():
   _, metrics = _single()
-  params, batch = _random_params(), _batch()
+  params, batch = _random_params(), make_batch()
   logits = jax.jit(
     lambda p: models.logits_at_exits(
       ExitLM(MODEL), p, batch.tokens, batch.segment_ids, batch.positions
@@ -194,7 +176,7 @@ def test_a_batch_without_counted_tokens_changes_nothing():
   step_fn = training.make_train_step(
     ExitLM(MODEL), OPTIMIZER, objective=OBJECTIVE, schedule=SCHEDULE
   )
-  empty = dataclasses.replace(_batch(), weights=np.zeros((BATCH, LENGTH), np.float32))
+  empty = dataclasses.replace(make_batch(), weights=np.zeros((BATCH, LENGTH), np.float32))
   state, metrics = jax.jit(step_fn, compiler_options=QUICK)(_state(mesh, rules), empty)
   assert metrics.loss == 0
   jax.tree.map(np.testing.assert_array_equal, state.params, _random_params())
@@ -265,7 +247,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
       shardings,
     )
     with parallel.use(mesh, rules):
-      batch = parallel.shard_batch(_batch(), mesh, rules)
+      batch = parallel.shard_batch(make_batch(), mesh, rules)
       results.append(jax.device_get(jax.jit(step_fn, compiler_options=QUICK)(restored, batch)))
   (first, first_metrics), (second, second_metrics) = results
   assert first.step == second.step == 2
