@@ -31,13 +31,15 @@ FLOORS = {
   'evaluate': 5,
   'serve': 5,
   'convert': 5,
+  'planning': 5,
   'language_model': 5,
   'commands': 6,
 }
 # The front door and `python -m exitax` stand outside the house and may enter by any floor.
 OUTSIDE = {'__init__', '__main__'}
-# Learning by reinforcement trains: it uses the optimizer and the train state.
-SAME_FLOOR_ALLOWED = {('rl', 'training')}
+# Learning by reinforcement trains: it uses the optimizer and the train state. A plan compiles the
+# step that training runs.
+SAME_FLOOR_ALLOWED = {('rl', 'training'), ('planning', 'training')}
 # These import with jax, flax and optax alone, on a host that has nothing else.
 PURE = {'parallel', 'layers', 'models', 'objectives', 'decode'}
 PURE_LIBRARIES = {'jax', 'jaxlib', 'flax', 'optax', 'numpy'}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 
@@ -50,7 +50,11 @@ def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
 
 
 def parse_gin(
-  flags: argparse.Namespace, *, text: str = '', bind_model_dir: bool, not_needed: Sequence[str] = ()
+  flags: argparse.Namespace,
+  *,
+  text: str = '',
+  bind_model_dir: bool,
+  if_required: Mapping[str, object] | None = None,
 ) -> None:
   """Reads the gin files and bindings of a command line.
 
@@ -59,13 +63,13 @@ def parse_gin(
     text: gin bindings that come before all others.
     bind_model_dir: whether `--model_dir=DIR` stands for `--gin.MODEL_DIR="'DIR'"`, as in commands
       that write there.
-    not_needed: macros that files of runs require and this command does not read.
+    if_required: values for macros that files of runs require and this command does not read.
   """
   bindings = list(flags.gin_bindings)
   if bind_model_dir and flags.model_dir:
     bindings.insert(0, f'MODEL_DIR = {flags.model_dir!r}')
   paths = [path for path in flags.gin_search_paths.split(',') if path]
-  gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text, not_needed=not_needed)
+  gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text, if_required=if_required)
 
 
 def start_jax(flags: argparse.Namespace) -> None:

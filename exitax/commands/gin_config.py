@@ -127,11 +127,11 @@ def parse(
   *,
   extra_paths: Sequence[str] = (),
   text: str = '',
-  not_needed: Sequence[str] = (),
+  if_required: Mapping[str, object] | None = None,
 ) -> None:
   """Reads `text`, then files, then bindings; later ones win.
 
-  Macros in `not_needed` that the files require (`%gin.REQUIRED`) get a value that nobody reads.
+  Macros in `if_required` that the files require (`%gin.REQUIRED`) get that value.
 
   Raises:
     UserError: a file that is not there, a name that nothing has, a macro that nothing uses, a
@@ -150,9 +150,9 @@ def parse(
         gin.parse_config(text)
       for file in files:
         gin.parse_config_file(file, print_includes_and_imports=False)
-      for macro in not_needed:
+      for macro, value in (if_required or {}).items():
         if _is_required(macro):
-          gin.parse_config(f"{macro} = 'unused'")
+          gin.parse_config(f'{macro} = {value!r}')
       for binding in bindings:
         gin.parse_config(binding)
     except (ValueError, TypeError, SyntaxError, OSError, AttributeError) as error:

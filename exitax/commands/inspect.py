@@ -46,8 +46,8 @@ def run(flags: argparse.Namespace) -> int:
     return 0
   if not flags.gin_file:
     raise UserError('inspect needs a model: --model_dir=DIR or --gin_file=gin/runs/quickstart.gin')
-  needless = ('MODEL_DIR', 'TRAIN_STEPS', 'MIXTURE_OR_TASK_NAME')
-  flag_groups.parse_gin(flags, bind_model_dir=False, not_needed=needless)
+  unread = dict.fromkeys(('MODEL_DIR', 'TRAIN_STEPS', 'MIXTURE_OR_TASK_NAME'), 'unused')
+  flag_groups.parse_gin(flags, bind_model_dir=False, if_required=unread)
   model, mesh = gin_config.build(ModelConfig), gin_config.build(MeshConfig)
   print(model_table(model, mesh, gin_config.build(ShardingRules)))
   return 0

@@ -18,6 +18,7 @@ COMMANDS = {
   'train': 'train a model from gin files; the same command resumes',
   'evaluate': 'score every exit and 21 exit thresholds; write JSON, CSV and a picture',
   'generate': 'write text, with the exit depth of every token',
+  'plan': 'compile a training step for a TPU slice that is not here; what fits, and how fast',
   'inspect': 'print the table of parameters: shapes, logical axes, mesh axes, bytes per device',
 }
 USAGE_ERROR = 2

@@ -14,8 +14,13 @@ _BFLOAT16_FLAGS = frozenset({'avx512_bf16', 'amx_bf16', 'bf16'})
 
 
 def on_cpu() -> bool:
-  """Whether programs are compiled for the CPU unless somebody asks otherwise."""
-  return jax.default_backend() == 'cpu'
+  """Whether the program being traced is for the CPU.
+
+  The ambient mesh decides, where there is one: its devices may be a slice of TPUs that a program is
+  compiled for on a host without any.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device.platform if device else jax.default_backend()) == 'cpu'
 
 
 def partitioned() -> bool:

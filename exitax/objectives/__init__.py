@@ -6,6 +6,7 @@ from exitax.objectives.exit_objective import (
   ObjectiveConfig,
   PackedBatch,
   exit_objective,
+  exits_by_matrix,
 )
 from exitax.objectives.schedules import ExitWeight, WeightCurve
 from exitax.objectives.scores import ExitScore, ScoreFn, add_sums, exit_scores, make_score_fn
@@ -34,6 +35,7 @@ __all__ = [
   'exit_cross_entropy',
   'exit_objective',
   'exit_scores',
+  'exits_by_matrix',
   'make_score_fn',
   'split_shared',
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
+from exitax.parallel.collectives import Collective, collectives_in
 from exitax.parallel.constraint import constrain, current_rules, use
 from exitax.parallel.emulation import COLLECTIVES_IN_ORDER, emulate_devices
 from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
@@ -12,6 +13,7 @@ from exitax.parallel.mesh import (
   PIPELINE_AXIS,
   TENSOR_AXIS,
   MeshConfig,
+  divisors,
   make_mesh,
 )
 from exitax.parallel.pipeline import (
@@ -30,6 +32,7 @@ from exitax.parallel.report import (
   parameter_report,
   render_report,
 )
+from exitax.parallel.residuals import residuals_of
 from exitax.parallel.rules import (
   LogicalAxes,
   ParameterSharding,
@@ -41,6 +44,7 @@ from exitax.parallel.rules import (
 from exitax.parallel.schedule import (
   Schedule,
   ScheduleKind,
+  WorkTable,
   bubble_formula,
   forward_schedule,
   make_schedule,
@@ -54,6 +58,7 @@ from exitax.parallel.sharding import (
   shardings_like,
   tree_shardings,
 )
+from exitax.parallel.topology import Topology, has_tpu_compiler, parse_topology, tpu_devices
 
 __all__ = [
   # Mesh.
@@ -63,6 +68,7 @@ __all__ = [
   'PIPELINE_AXIS',
   'TENSOR_AXIS',
   'MeshConfig',
+  'divisors',
   'emulate_devices',
   'make_mesh',
   # Rules.
@@ -89,6 +95,7 @@ __all__ = [
   'Schedule',
   'ScheduleKind',
   'StageProgram',
+  'WorkTable',
   'bubble_formula',
   'forward_schedule',
   'gather_parameter',
@@ -96,6 +103,7 @@ __all__ = [
   'make_schedule',
   'reduce_gradient',
   'render_schedule',
+  'residuals_of',
   'run_pipeline',
   # Reports.
   'ParameterReport',
@@ -106,10 +114,17 @@ __all__ = [
   # Cost.
   'CHIPS',
   'Chip',
+  'Collective',
   'FlopCount',
+  'collectives_in',
   'count_flops',
   'count_jaxpr_flops',
   'find_chip',
   'measure_matmul_flops',
   'peak_flops',
+  # Slices that are not here.
+  'Topology',
+  'has_tpu_compiler',
+  'parse_topology',
+  'tpu_devices',
 ]

@@ -24,6 +24,9 @@ class Chip:
     bf16_flops: dense peak, flop/s.
     hbm_bytes: memory.
     hbm_bandwidth: bytes/s.
+    link_bandwidth: bytes/s that one link to a neighbour (or to the switch) carries each way.
+    num_links: links of a chip: 4 in a 2-D torus, 6 in a 3-D one.
+    is_switched: links lead to a switch, so that all of them serve any one peer; else a torus.
     source: where the numbers stand.
   """
 
@@ -32,7 +35,20 @@ class Chip:
   bf16_flops: float
   hbm_bytes: int
   hbm_bandwidth: float
+  link_bandwidth: float
+  num_links: int
   source: str
+  is_switched: bool = False
+
+  @property
+  def ring_bandwidth(self) -> float:
+    """Bytes/s that one chip sends in a collective along a mesh axis: a ring, both ways round."""
+    return self.link_bandwidth * (self.num_links if self.is_switched else min(2, self.num_links))
+
+  @property
+  def neighbour_bandwidth(self) -> float:
+    """Bytes/s that one chip sends to the next."""
+    return self.link_bandwidth * (self.num_links if self.is_switched else 1)
 
 
 CHIPS: tuple[Chip, ...] = (
@@ -42,6 +58,8 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=275e12,
     hbm_bytes=32 * _GIB,
     hbm_bandwidth=1228e9,
+    link_bandwidth=50e9,
+    num_links=6,
     source='https://cloud.google.com/tpu/docs/v4',
   ),
   Chip(
@@ -50,6 +68,8 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=197e12,
     hbm_bytes=16 * _GIB,
     hbm_bandwidth=819e9,
+    link_bandwidth=50e9,
+    num_links=4,
     source='https://cloud.google.com/tpu/docs/v5e',
   ),
   Chip(
@@ -58,6 +78,8 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=459e12,
     hbm_bytes=95 * _GIB,
     hbm_bandwidth=2765e9,
+    link_bandwidth=100e9,
+    num_links=6,
     source='https://cloud.google.com/tpu/docs/v5p',
   ),
   Chip(
@@ -66,6 +88,8 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=918e12,
     hbm_bytes=32 * _GIB,
     hbm_bandwidth=1600e9,
+    link_bandwidth=100e9,
+    num_links=4,
     source='https://cloud.google.com/tpu/docs/v6e',
   ),
   Chip(
@@ -74,6 +98,9 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=312e12,
     hbm_bytes=40 * _GB,
     hbm_bandwidth=1555e9,
+    link_bandwidth=25e9,
+    num_links=12,
+    is_switched=True,
     source='NVIDIA A100 data sheet (without sparsity)',
   ),
   Chip(
@@ -82,6 +109,9 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=312e12,
     hbm_bytes=80 * _GB,
     hbm_bandwidth=2039e9,
+    link_bandwidth=25e9,
+    num_links=12,
+    is_switched=True,
     source='NVIDIA A100 data sheet (without sparsity)',
   ),
   Chip(
@@ -90,6 +120,9 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=312e12,
     hbm_bytes=80 * _GB,
     hbm_bandwidth=1935e9,
+    link_bandwidth=32e9,
+    num_links=1,
+    is_switched=True,
     source='NVIDIA A100 data sheet (without sparsity)',
   ),
   Chip(
@@ -98,6 +131,9 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=756e12,
     hbm_bytes=80 * _GB,
     hbm_bandwidth=2000e9,
+    link_bandwidth=64e9,
+    num_links=1,
+    is_switched=True,
     source='NVIDIA H100 data sheet (half of the figure with sparsity)',
   ),
   Chip(
@@ -106,6 +142,9 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=989e12,
     hbm_bytes=80 * _GB,
     hbm_bandwidth=3350e9,
+    link_bandwidth=25e9,
+    num_links=18,
+    is_switched=True,
     source='NVIDIA H100 data sheet (half of the figure with sparsity)',
   ),
   Chip(
@@ -114,6 +153,9 @@ CHIPS: tuple[Chip, ...] = (
     bf16_flops=989e12,
     hbm_bytes=141 * _GB,
     hbm_bandwidth=4800e9,
+    link_bandwidth=25e9,
+    num_links=18,
+    is_switched=True,
     source='NVIDIA H200 data sheet (half of the figure with sparsity)',
   ),
 )

@@ -54,19 +54,71 @@ def count_jaxpr_flops(jaxpr: Any) -> FlopCount:
 
 def _count(jaxpr: Any, used_outputs: Sequence[bool]) -> FlopCount:
   """Walks backwards, so that an equation is priced only if something after it needs it."""
+  total = FlopCount()
+  for eqn, used in _needed(jaxpr, used_outputs)[0]:
+    total += _PRICES.get(eqn.primitive.name, _call_flops)(eqn, used)
+  return total
+
+
+def _needed(
+  jaxpr: Any, used_outputs: Sequence[bool]
+) -> tuple[list[tuple[Any, list[bool]]], list[bool]]:
+  """Equations that the used outputs need, last first, with which of their results are used; and
+  which inputs they need.
+  """
   live = {
     var
     for var, used in zip(jaxpr.outvars, used_outputs, strict=True)
     if used and not isinstance(var, core.Literal)
   }
-  total = FlopCount()
+  needed = []
   for eqn in reversed(jaxpr.eqns):
     used = [var in live for var in eqn.outvars]
     if not any(used) and not eqn.effects:
       continue
-    live.update(var for var in eqn.invars if not isinstance(var, core.Literal))
-    total += _PRICES.get(eqn.primitive.name, _call_flops)(eqn, used)
-  return total
+    needed.append((eqn, used))
+    reads = _READS.get(eqn.primitive.name, _reads_all)(eqn, used)
+    live.update(
+      var
+      for var, is_read in zip(eqn.invars, reads, strict=True)
+      if is_read and not isinstance(var, core.Literal)
+    )
+  return needed, [var in live for var in jaxpr.invars]
+
+
+def _reads_all(eqn: Any, used: Sequence[bool]) -> list[bool]:
+  del used
+  return [True] * len(eqn.invars)
+
+
+def _call_reads(eqn: Any, used: Sequence[bool]) -> list[bool]:
+  return _needed(eqn.params['jaxpr'].jaxpr, used)[1]
+
+
+def _scan_reads(eqn: Any, used: Sequence[bool]) -> list[bool]:
+  inner = eqn.params['jaxpr'].jaxpr
+  return _needed(inner, _used_by_scan(eqn, used))[1]
+
+
+def _used_by_scan(eqn: Any, used: Sequence[bool]) -> list[bool]:
+  """Which of a scan body's outputs count: of the carry, what is used after the loop or feeds it."""
+  inner, num_carry = eqn.params['jaxpr'].jaxpr, _num_carry(eqn.params)
+  first = len(inner.invars) - num_carry - _num_scanned(eqn, num_carry)
+  marks = list(used)
+  while True:
+    reads = _needed(inner, marks)[1][first : first + num_carry]
+    grown = [a or b for a, b in zip(marks[:num_carry], reads, strict=True)]
+    if grown == marks[:num_carry]:
+      return marks
+    marks[:num_carry] = grown
+
+
+def _num_scanned(eqn: Any, num_carry: int) -> int:
+  params = eqn.params
+  if 'num_consts' in params:
+    return len(eqn.invars) - params['num_consts'] - num_carry
+  _, _, scanned = params['ft_in'].unpack()
+  return len(scanned)
 
 
 def _dot_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
@@ -98,9 +150,8 @@ def _conv_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
 
 
 def _scan_flops(eqn: Any, used: Sequence[bool]) -> FlopCount:
-  num_carry = _num_carry(eqn.params)
-  used_by_body = [True] * num_carry + list(used[num_carry:])
-  return _count(eqn.params['jaxpr'].jaxpr, used_by_body).times(eqn.params['length'])
+  body = eqn.params['jaxpr'].jaxpr
+  return _count(body, _used_by_scan(eqn, used)).times(eqn.params['length'])
 
 
 def _num_carry(params: Mapping[str, Any]) -> int:
@@ -177,4 +228,11 @@ _PRICES: dict[str, Callable[[Any, Sequence[bool]], FlopCount]] = {
   'cond': _cond_flops,
   'shard_map': _shard_map_flops,
   'pallas_call': _pallas_flops,
+}
+
+# What an equation reads, given which of its results are used; all of it unless listed.
+_READS: dict[str, Callable[[Any, Sequence[bool]], list[bool]]] = {
+  'jit': _call_reads,
+  'pjit': _call_reads,
+  'scan': _scan_reads,
 }

@@ -1,5 +1,8 @@
 """Training: configuration, the jitted step, the loop."""
 
+# Pieces put together.
+from exitax.training.assembly import Assembly, assemble
+
 # Configuration.
 from exitax.training.config import BEST_METRIC, LoopConfig, RunConfig
 
@@ -17,7 +20,12 @@ from exitax.training.optimizer import (
 )
 
 # Pieces.
-from exitax.training.pipeline import PipelineConfig, PipelinedObjective, Recompute
+from exitax.training.pipeline import (
+  PipelineConfig,
+  PipelinedObjective,
+  Recompute,
+  recompute_settings,
+)
 from exitax.training.state import TrainState, abstract_state, init_state, state_shardings
 from exitax.training.step import StepMetrics, make_train_step
 
@@ -25,6 +33,7 @@ from exitax.training.step import StepMetrics, make_train_step
 from exitax.training.trainer import TrainResult, train
 
 __all__ = [
+  'Assembly',
   'BEST_METRIC',
   'ConsoleDisplay',
   'Decay',
@@ -41,11 +50,13 @@ __all__ = [
   'TrainResult',
   'TrainState',
   'abstract_state',
+  'assemble',
   'init_state',
   'learning_rate_schedule',
   'make_optimizer',
   'make_train_step',
   'read_metrics',
+  'recompute_settings',
   'state_shardings',
   'train',
 ]

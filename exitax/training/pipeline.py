@@ -50,12 +50,17 @@ class Recompute(enum.Enum):
   STAGE = 'stage'  # The whole stage, from its kept input.
 
 
-_HOW = {
-  Recompute.NONE: (Keep.RESIDUALS, Remat.NONE),
-  Recompute.SELECTIVE: (Keep.RESIDUALS, Remat.DOTS),
-  Recompute.LAYER: (Keep.RESIDUALS, Remat.FULL),
-  Recompute.STAGE: (Keep.INPUTS, Remat.NONE),
-}
+def recompute_settings(recompute: Recompute) -> tuple[Keep, Remat]:
+  """What the executor keeps, and what each layer's own backward computes again."""
+  match recompute:
+    case Recompute.NONE:
+      return Keep.RESIDUALS, Remat.NONE
+    case Recompute.SELECTIVE:
+      return Keep.RESIDUALS, Remat.DOTS
+    case Recompute.LAYER:
+      return Keep.RESIDUALS, Remat.FULL
+    case Recompute.STAGE:
+      return Keep.INPUTS, Remat.NONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ class PipelinedObjective:
     Raises:
       UserError: sizes that do not fit each other.
     """
-    self._keep, remat = _HOW[pipeline.recompute]
+    self._keep, remat = recompute_settings(pipeline.recompute)
     config = dataclasses.replace(model.config, remat=remat)
     self._model, self._mesh, self._rules = ExitLM(config), mesh, rules
     self._objective, self._config = objective, pipeline

@@ -1,0 +1,84 @@
+"""A run's model, optimizer and step on a mesh: what is trained, and what is compiled to plan it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from exitax.data import Batch
+from exitax.models import ExitLM
+from exitax.parallel import PIPELINE_AXIS, logical_to_spec
+from exitax.training.config import RunConfig
+from exitax.training.optimizer import learning_rate_schedule, make_optimizer
+from exitax.training.pipeline import PipelinedObjective
+from exitax.training.state import TrainState, abstract_state
+from exitax.training.step import TrainStepFn, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+  """The pieces of a run.
+
+  Attributes:
+    config: the run.
+    mesh: where it runs.
+    model: the model.
+    schedule: learning rate by step.
+    optimizer: the optax transformation.
+    pipelined: how gradients are made on a mesh with stages; None where there is one.
+    step: the step function; jit it with its state donated.
+  """
+
+  config: RunConfig
+  mesh: Mesh
+  model: ExitLM
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  pipelined: PipelinedObjective | None
+  step: TrainStepFn
+
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    return abstract_state(self.model, self.optimizer, self.mesh, self.config.sharding)
+
+  def abstract_batch(self) -> Batch:
+    """Shapes, dtypes and shardings of a batch."""
+    data, rules = self.config.data, self.config.sharding
+    sharding = NamedSharding(self.mesh, logical_to_spec(('batch', 'length'), rules))
+
+    def array(dtype: Any) -> Any:
+      return jax.ShapeDtypeStruct((data.batch_size, data.length), dtype, sharding=sharding)
+
+    integers = array(jnp.int32)
+    return Batch(integers, integers, integers, integers, weights=array(jnp.float32))
+
+
+def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
+  """Puts a run together; nothing is allocated.
+
+  Raises:
+    UserError: a mesh that does not suit model, batch or microbatches.
+  """
+  model = ExitLM(config.model)
+  schedule = learning_rate_schedule(config.optimizer, train_steps=config.loop.train_steps)
+  optimizer = make_optimizer(config.optimizer, schedule)
+  pipelined = None
+  if mesh.shape[PIPELINE_AXIS] > 1:
+    pipelined = PipelinedObjective(
+      model, mesh, config.sharding, objective=config.objective, pipeline=config.pipeline
+    )
+    pipelined.check_rows(config.data.batch_size // config.loop.accumulation_steps)
+  step = make_train_step(
+    model,
+    optimizer,
+    objective=config.objective,
+    schedule=schedule,
+    accumulation_steps=config.loop.accumulation_steps,
+    value_and_grad=pipelined.value_and_grad if pipelined else None,
+  )
+  return Assembly(config, mesh, model, schedule, optimizer, pipelined, step)
