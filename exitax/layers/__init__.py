@@ -27,6 +27,7 @@ from exitax.layers.rotary import (
   make_rotary,
   rotate,
 )
+from exitax.layers.splash import splash_attention, suits_splash
 
 __all__ = [
   'MASKED_LOGIT',
@@ -57,5 +58,7 @@ __all__ = [
   'project',
   'rms_normalise',
   'rotate',
+  'splash_attention',
+  'suits_splash',
   'vocab_logits',
 ]

@@ -13,14 +13,19 @@ from jax.typing import DTypeLike
 _BFLOAT16_FLAGS = frozenset({'avx512_bf16', 'amx_bf16', 'bf16'})
 
 
-def on_cpu() -> bool:
-  """Whether the program being traced is for the CPU.
+def target() -> str:
+  """Platform that the program being traced is for: 'cpu', 'gpu' or 'tpu'.
 
   The ambient mesh decides, where there is one: its devices may be a slice of TPUs that a program is
   compiled for on a host without any.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return (device.platform if device else jax.default_backend()) == 'cpu'
+  return device.platform if device else jax.default_backend()
+
+
+def on_cpu() -> bool:
+  """Whether the program being traced is for the CPU."""
+  return target() == 'cpu'
 
 
 def partitioned() -> bool:

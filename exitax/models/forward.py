@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from exitax.layers import AttendFn, causal_attention
+from exitax.layers import AttendFn, causal_attention, platform, splash_attention, suits_splash
 from exitax.models.exit_lm import ExitLM, Params
 
 
@@ -32,8 +32,27 @@ def packed_mask(
   return mask
 
 
-def packed_attend(mask: jax.Array) -> AttendFn:
-  """An `AttendFn` for `[batch, length, heads, head_dim]` that keeps no state."""
+def packed_attend(
+  segment_ids: jax.Array, positions: jax.Array, sliding_window: int | None
+) -> AttendFn:
+  """An `AttendFn` for packed rows `[batch, length, heads, head_dim]` that keeps no state.
+
+  Sees what `packed_mask` says. On TPUs and rows that suit it a fused kernel attends, which takes
+  the positions of a document to be consecutive.
+
+  Args:
+    segment_ids: i32 `[batch, length]`.
+    positions: i32 `[batch, length]`, rising within a document.
+    sliding_window: number of latest positions that are seen, or None.
+  """
+  if platform.target() == 'tpu' and suits_splash(segment_ids.shape[1]):
+
+    def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+      mixed = splash_attention(query, key, value, segment_ids, sliding_window=sliding_window)
+      return mixed, None
+
+    return fused
+  mask = packed_mask(segment_ids, positions, sliding_window)
 
   def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
     return causal_attention(query, key, value, mask), None
@@ -57,7 +76,7 @@ def features_at_exits(
     One `[batch, length, embed]` per exit, in the model's compute dtype.
   """
   rotary = model.rotary(positions, below=positions.shape[-1])
-  attend = packed_attend(packed_mask(segment_ids, positions, model.config.sliding_window))
+  attend = packed_attend(segment_ids, positions, model.config.sliding_window)
   hidden = model.embed(params, tokens)
   kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend)
   heads = (*model.config.exits, None)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from exitax.layers import Rotary
-from exitax.models import ExitLM, Params, StagePlan, packed_attend, packed_mask, run_span
+from exitax.models import ExitLM, Params, StagePlan, packed_attend, run_span
 from exitax.objectives.cross_entropy import ExitSums, exit_cross_entropy
 from exitax.objectives.exit_objective import (
   ObjectiveConfig,
@@ -210,8 +210,8 @@ class SpanObjective:
 
   def _attention(self, batch: PackedBatch) -> tuple[Rotary, Any]:
     rotary = self.model.rotary(batch.positions, below=batch.positions.shape[-1])
-    mask = packed_mask(batch.segment_ids, batch.positions, self.model.config.sliding_window)
-    return rotary, packed_attend(mask)
+    window = self.model.config.sliding_window
+    return rotary, packed_attend(batch.segment_ids, batch.positions, window)
 
   def _spans_of(self, stage: int) -> range:
     return range(stage, self.plan.num_spans, self.plan.num_stages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.collectives import Collective, collectives_in
-from exitax.parallel.constraint import constrain, current_rules, use
+from exitax.parallel.constraint import constrain, current_rules, per_shard, shards_of, use
 from exitax.parallel.emulation import COLLECTIVES_IN_ORDER, emulate_devices
 from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
 from exitax.parallel.mesh import (
@@ -81,6 +81,8 @@ __all__ = [
   # Ambient mesh and rules.
   'constrain',
   'current_rules',
+  'per_shard',
+  'shards_of',
   'use',
   # Trees.
   'init_sharded',

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -50,3 +51,48 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
   if set(mesh.manual_axes) == set(mesh.axis_names):
     return x
   return jax.lax.with_sharding_constraint(x, even_spec(x.shape, logical_axes, mesh, rules))
+
+
+def shards_of(logical_axis: str) -> int:
+  """Parts into which the ambient mesh and rules cut such a dimension here; 1 outside of `use`."""
+  rules, mesh = current_rules(), jax.sharding.get_abstract_mesh()
+  if rules is None or mesh.empty:
+    return 1
+  axes = (axis for axis in rules.mesh_axes(logical_axis) if axis not in mesh.manual_axes)
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def per_shard(
+  fn: Callable[..., jax.Array],
+  logical_in: Sequence[Sequence[str | None]],
+  logical_out: Sequence[str | None],
+) -> Callable[..., jax.Array]:
+  """`fn` run by every device on its own shard: for kernels that the compiler cannot partition.
+
+  Shards are those of the ambient mesh and rules for these logical axes; a dimension that the mesh
+  does not divide is whole. Outside of `use`, on one device and where every mesh axis is manual
+  already, it is `fn` itself.
+
+  Args:
+    fn: takes and returns arrays; each result shard must depend on the argument shards alone.
+    logical_in: logical axes of each argument.
+    logical_out: logical axes of the result, which has the shape of the first argument.
+  """
+
+  def run(*args: jax.Array) -> jax.Array:
+    rules, mesh = current_rules(), jax.sharding.get_abstract_mesh()
+    automatic = set(mesh.axis_names) - set(mesh.manual_axes)
+    if rules is None or mesh.empty or mesh.size == 1 or not automatic:
+      return fn(*args)
+    specs = [
+      even_spec(x.shape, axes, mesh, rules) for x, axes in zip(args, logical_in, strict=True)
+    ]
+    return jax.shard_map(
+      fn,
+      in_specs=tuple(specs),
+      out_specs=even_spec(args[0].shape, logical_out, mesh, rules),
+      axis_names=automatic,
+      check_vma=False,
+    )(*args)
+
+  return run

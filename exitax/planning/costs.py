@@ -49,7 +49,7 @@ class SpanCost:
 def span_cost(
   config: ModelConfig, *, num_layers: int, num_taps: int, length: int, recompute: Recompute
 ) -> SpanCost:
-  """What a span costs; call it with the mesh of the devices planned for as ambient mesh.
+  """What a span costs; call it with one of the devices planned for as ambient mesh.
 
   Spans of one and of two layers are traced: every further layer costs as much as the second.
 

@@ -119,7 +119,7 @@ class Estimate:
 
 
 def estimate(run: RunConfig, num_devices: int, chip: Chip | None) -> Estimate:
-  """Estimates one step; call it with the mesh of the devices that are planned for as ambient mesh.
+  """Estimates one step; call it with one of the devices that are planned for as ambient mesh.
 
   Raises:
     UserError: a mesh that does not suit devices, model or microbatches.

@@ -95,9 +95,8 @@ def make_plan(run: RunConfig, target: Target, *, compile: bool = True) -> Plan:
   Raises:
     UserError: a mesh that does not suit devices, model or batch.
   """
-  mesh = make_mesh(run.mesh, target.devices)
-  assembly = assemble(run, mesh)
-  with use(mesh, run.sharding):
+  assembly = assemble(run, make_mesh(run.mesh, target.devices))
+  with use(target.one_device(), run.sharding):
     costs = estimate(run, len(target.devices), target.chip)
   schedule = assembly.pipelined.schedule if assembly.pipelined else None
   return Plan(run, target, costs, compile_step(assembly) if compile else None, schedule)

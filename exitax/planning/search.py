@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from exitax.errors import UserError
 from exitax.models import Remat
 from exitax.objectives import VocabPlacement
-from exitax.parallel import MeshConfig, ScheduleKind, divisors, make_mesh, use
+from exitax.parallel import MeshConfig, ScheduleKind, divisors, use
 from exitax.planning.estimate import Estimate, estimate
 from exitax.planning.plan import COMFORTABLE, Plan, make_plan
 from exitax.planning.target import Target
@@ -80,9 +80,8 @@ def search(
       f'a search needs the data sheet of {target.name}: name a slice with --topology=v5e:4x4, or '
       "a chip with --chip='TPU v5e'"
     )
-  mesh = make_mesh(MeshConfig(), target.devices)
   candidates = []
-  with use(mesh, run.sharding):
+  with use(target.one_device(), run.sharding):
     for layout in layouts(run, len(target.devices)):
       try:
         candidates.append(Candidate(layout, estimate(layout, len(target.devices), target.chip)))

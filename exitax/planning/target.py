@@ -6,14 +6,17 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from exitax.errors import UserError
 from exitax.parallel import (
   CHIPS,
   Chip,
+  MeshConfig,
   emulate_devices,
   find_chip,
   has_tpu_compiler,
+  make_mesh,
   parse_topology,
   tpu_devices,
 )
@@ -39,6 +42,10 @@ class Target:
   def platform(self) -> str:
     """What programs are compiled for: 'tpu', 'gpu' or 'cpu'."""
     return self.devices[0].platform
+
+  def one_device(self) -> Mesh:
+    """A mesh of one of the devices: what one row costs is traced for it."""
+    return make_mesh(MeshConfig(data=1), self.devices[:1])
 
 
 def find_target(topology: str | None, chip_name: str | None = None) -> Target:

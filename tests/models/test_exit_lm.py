@@ -113,8 +113,7 @@ def test_another_key_gives_other_parameters():
 
 def _context(model, batch):
   rotary = model.rotary(batch['positions'])
-  mask = models.packed_mask(batch['segment_ids'], batch['positions'], None)
-  return rotary, models.packed_attend(mask)
+  return rotary, models.packed_attend(batch['segment_ids'], batch['positions'], None)
 
 
 @pytest.mark.parametrize('spans', [(4,), (1, 3), (2, 1, 1)])

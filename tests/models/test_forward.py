@@ -149,7 +149,7 @@ def test_documents_never_see_each_other(random_params, packed_batch):
   assert (after[:, 0, 3:] != before[:, 0, 3:]).any(axis=-1).all()
 
   rotary = model.rotary(batch['positions'])
-  attend = models.packed_attend(models.packed_mask(batch['segment_ids'], batch['positions'], None))
+  attend = models.packed_attend(batch['segment_ids'], batch['positions'], None)
 
   @jax.jit
   def influence(hidden):
