@@ -59,7 +59,7 @@ class MemoryEstimate:
     weights: the stage's parameters in the compute dtype, gathered over data.
     gradients: float32 sums.
     kept: what the backwards of the microbatches in flight read.
-    working: what one backward works on: recomputed activations, an exit's scores.
+    working: what one backward works on: recomputed activations, scores, its gradient.
   """
 
   parameters: int
@@ -314,7 +314,7 @@ def _memory(layout: _Layout) -> MemoryEstimate:
 
 
 def _working(layout: _Layout) -> float:
-  """Recomputed activations and their cotangents, the stream's copies, and an exit's scores."""
+  """Recomputed activations and their cotangents, scores, and one microbatch's gradient."""
   if layout.recompute is Recompute.STAGE:
     again = layout.span(recompute=Recompute.NONE)
   else:
@@ -331,7 +331,8 @@ def _working(layout: _Layout) -> float:
   chunk = min(layout.run.objective.chunk_length, layout.length)
   scores = 3 * 4 * exits * layout.rows * chunk * cfg.vocab_size / shares
   streams = (4 + 3 * exits) * layout.hidden_bytes
-  return recomputed + cotangents + scores + streams
+  gradient = sum(layout.num_elements()) * layout.itemsize if layout.pipelined else 0
+  return recomputed + cotangents + scores + streams + gradient
 
 
 def _work(layout: _Layout, chip: Chip | None) -> tuple[float, float, float]:
