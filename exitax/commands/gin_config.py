@@ -27,6 +27,7 @@ _MACRO = 'gin.macro'
 CONFIGURABLE_CLASSES: tuple[type, ...] = (
   models.ModelConfig,
   models.ExitConfig,
+  models.DropoutConfig,
   RopeConfig,
   objectives.ObjectiveConfig,
   objectives.ExitWeight,

@@ -10,6 +10,7 @@ from exitax.layers.attention import AttendFn, Attention
 from exitax.layers.block import Block, constrain_stream
 from exitax.layers.causal import causal_attention
 from exitax.layers.config import BlockConfig, Precision
+from exitax.layers.dropout import DropFn, DropSite, drop_nothing, drop_units, keep_mask
 from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
 
@@ -35,6 +36,8 @@ __all__ = [
   'Attention',
   'Block',
   'BlockConfig',
+  'DropFn',
+  'DropSite',
   'ExitHead',
   'HeadKind',
   'Linear',
@@ -50,9 +53,12 @@ __all__ = [
   'constrain_stream',
   'contract',
   'dot_product_attention',
+  'drop_nothing',
+  'drop_units',
   'embed_tokens',
   'inverse_frequencies',
   'join_linears',
+  'keep_mask',
   'make_rotary',
   'platform',
   'project',

@@ -9,6 +9,7 @@ import jax
 
 from exitax.layers.attention import AttendFn, Attention
 from exitax.layers.config import BlockConfig
+from exitax.layers.dropout import DropFn, DropSite, drop_nothing
 from exitax.layers.mlp import SwiGLU
 from exitax.layers.norm import RMSNorm
 from exitax.layers.rotary import Rotary
@@ -21,13 +22,16 @@ class Block(nn.Module):
   config: BlockConfig
 
   @nn.compact
-  def __call__(self, hidden: jax.Array, rotary: Rotary, attend: AttendFn) -> tuple[jax.Array, Any]:
+  def __call__(
+    self, hidden: jax.Array, rotary: Rotary, attend: AttendFn, drop: DropFn = drop_nothing
+  ) -> tuple[jax.Array, Any]:
     """Runs the block.
 
     Args:
       hidden: residual stream `[..., embed]`.
       rotary: angles of the tokens' positions, `[..., head_dim / 2]`.
       attend: mixes values; see `AttendFn`.
+      drop: residual dropout, in training.
 
     Returns:
       The residual stream after the block, and `attend`'s state.
@@ -35,10 +39,10 @@ class Block(nn.Module):
     cfg = self.config
     normed = RMSNorm(cfg.norm_epsilon, name='attention_norm')(hidden)
     mixed, state = Attention(cfg, name='attention')(normed, rotary, attend)
-    hidden = constrain_stream(hidden + mixed)
+    hidden = constrain_stream(hidden + drop(mixed, DropSite.ATTENTION))
     normed = RMSNorm(cfg.norm_epsilon, name='mlp_norm')(hidden)
-    hidden = constrain_stream(hidden + SwiGLU(cfg, name='mlp')(normed))
-    return hidden, state
+    output = SwiGLU(cfg, name='mlp')(normed)
+    return constrain_stream(hidden + drop(output, DropSite.MLP)), state
 
 
 def constrain_stream(hidden: jax.Array) -> jax.Array:

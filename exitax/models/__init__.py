@@ -3,6 +3,9 @@
 # Configuration.
 from exitax.models.config import ExitConfig, ExitMatrix, ModelConfig, Remat
 
+# What training drops.
+from exitax.models.dropout import Dropout, DropoutConfig, with_rows
+
 # The model.
 from exitax.models.exit_lm import ExitLM, Params
 
@@ -13,6 +16,8 @@ from exitax.models.forward import features_at_exits, logits_at_exits, packed_att
 from exitax.models.stages import StagePlan, plan_stages, run_span, stack_spans
 
 __all__ = [
+  'Dropout',
+  'DropoutConfig',
   'ExitConfig',
   'ExitLM',
   'ExitMatrix',
@@ -27,4 +32,5 @@ __all__ = [
   'plan_stages',
   'run_span',
   'stack_spans',
+  'with_rows',
 ]

@@ -19,6 +19,7 @@ from exitax.layers import (
   Rotary,
   VocabMatrix,
   constrain_stream,
+  drop_nothing,
   embed_tokens,
   make_rotary,
   platform,
@@ -26,9 +27,11 @@ from exitax.layers import (
   vocab_logits,
 )
 from exitax.models.config import ExitConfig, ExitMatrix, ModelConfig, Remat
+from exitax.models.dropout import Dropout
 
 Params = dict[str, Any]
-BlockFn = Callable[[Params, jax.Array], jax.Array]
+# One block's parameters, the stream, and the number of the layer if something is dropped in it.
+BlockFn = Callable[[Params, jax.Array, Any], jax.Array]
 
 MAX_UNROLLED = 16  # Layers; deeper models would take minutes to compile.
 
@@ -118,7 +121,13 @@ class ExitLM:
     return hidden, tuple(states)
 
   def hidden_at_exits(
-    self, params: Params, hidden: jax.Array, *, rotary: Rotary, attend: AttendFn
+    self,
+    params: Params,
+    hidden: jax.Array,
+    *,
+    rotary: Rotary,
+    attend: AttendFn,
+    dropout: Dropout | None = None,
   ) -> jax.Array:
     """Runs all (stacked) layers, keeping the stream where exits are.
 
@@ -130,25 +139,34 @@ class ExitLM:
       hidden: residual stream `[batch, length, embed]`.
       rotary: angles of the tokens' positions.
       attend: mixes values within the batch; stateless.
+      dropout: what a training step drops.
 
     Returns:
       `[num_exits + 1, batch, length, embed]`, the last entry after all layers.
     """
     cfg = self.config
-    run_block = self.stateless_block(rotary, attend)
+    run_block = self.stateless_block(rotary, attend, dropout)
+    layers = None if dropout is None else jnp.arange(cfg.num_layers)
     # Whoever rematerialises is short of memory, not of time; and XLA would undo it between layers.
     shallow = cfg.num_layers <= MAX_UNROLLED and cfg.remat is Remat.NONE
     if platform.on_cpu() and shallow:
-      return self._unrolled(run_block, params, hidden)
-    return self._scanned(run_block, params, hidden)
+      return self._unrolled(run_block, params, hidden, layers)
+    return self._scanned(run_block, params, hidden, layers)
 
-  def stateless_block(self, rotary: Rotary, attend: AttendFn) -> BlockFn:
-    """A function of one block's parameters and the stream, rematerialised as configured."""
+  def stateless_block(
+    self, rotary: Rotary, attend: AttendFn, dropout: Dropout | None = None
+  ) -> BlockFn:
+    """A function of one block's parameters, the stream and the layer, rematerialised as configured.
+
+    The layer is its number (i32 scalar), or None without dropout, which alone reads it.
+    """
     block = Block(self.config.block)
 
-    def run(block_params: Params, hidden: jax.Array) -> jax.Array:
+    def run(block_params: Params, hidden: jax.Array, layer: Any) -> jax.Array:
+      drop = drop_nothing if dropout is None else dropout.in_layer(layer)
       with jax.named_scope('layer'):
-        return block.apply({'params': block_params}, hidden, rotary, attend)[0]
+        after = block.apply({'params': block_params}, hidden, rotary, attend, drop)[0]
+        return after if dropout is None else dropout.drop_layer(layer, hidden, after)
 
     return _rematerialised(run, self.config.remat)
 
@@ -209,28 +227,32 @@ class ExitLM:
 
   # Helpers.
 
-  def _scanned(self, run_block: BlockFn, params: Params, hidden: jax.Array) -> jax.Array:
+  def _scanned(
+    self, run_block: BlockFn, params: Params, hidden: jax.Array, layers: jax.Array | None
+  ) -> jax.Array:
     cfg, num_exits = self.config, len(self.config.exits)
     # Layers without an exit write to a spare row, so that the scan has no branches.
     row_of = {exit_config.layer - 1: i for i, exit_config in enumerate(cfg.exits)}
     rows = jnp.asarray([row_of.get(layer, num_exits) for layer in range(cfg.num_layers)])
 
-    def step(carry: tuple[jax.Array, jax.Array], layer: tuple[Params, jax.Array]) -> Any:
+    def step(carry: tuple[jax.Array, jax.Array], place: Any) -> Any:
       hidden, kept = carry
-      block_params, row = layer
-      hidden = run_block(block_params, hidden)
+      block_params, row, layer = place
+      hidden = run_block(block_params, hidden, layer)
       return (hidden, jax.lax.dynamic_update_index_in_dim(kept, hidden, row, 0)), None
 
     # The last layer writes the spare row too: after the scan it holds the final stream.
     kept = jnp.zeros((num_exits + 1, *hidden.shape), hidden.dtype)
-    (_, kept), _ = jax.lax.scan(step, (hidden, kept), (params['blocks'], rows))
+    (_, kept), _ = jax.lax.scan(step, (hidden, kept), (params['blocks'], rows, layers))
     return kept
 
-  def _unrolled(self, run_block: BlockFn, params: Params, hidden: jax.Array) -> jax.Array:
+  def _unrolled(
+    self, run_block: BlockFn, params: Params, hidden: jax.Array, layers: jax.Array | None
+  ) -> jax.Array:
     kept = []
-    for layer, block_params in enumerate(unstack_layers(params['blocks']), start=1):
-      hidden = run_block(block_params, hidden)
-      if layer in self.config.depths:
+    for layer, block_params in enumerate(unstack_layers(params['blocks'])):
+      hidden = run_block(block_params, hidden, None if layers is None else layers[layer])
+      if layer + 1 in self.config.depths:
         kept.append(hidden)
     return jnp.stack(kept)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from exitax.layers import AttendFn, causal_attention, platform, splash_attention, suits_splash
+from exitax.models.dropout import Dropout
 from exitax.models.exit_lm import ExitLM, Params
 
 
@@ -61,7 +62,13 @@ def packed_attend(
 
 
 def features_at_exits(
-  model: ExitLM, params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array
+  model: ExitLM,
+  params: Params,
+  tokens: jax.Array,
+  segment_ids: jax.Array,
+  positions: jax.Array,
+  *,
+  dropout: Dropout | None = None,
 ) -> tuple[jax.Array, ...]:
   """What every exit's vocabulary matrix reads, shallow to deep, the final head last.
 
@@ -71,6 +78,7 @@ def features_at_exits(
     tokens: i32 `[batch, length]`.
     segment_ids: i32 `[batch, length]`; 0 is padding.
     positions: i32 `[batch, length]`, each less than the length.
+    dropout: what a training step drops; None outside of training.
 
   Returns:
     One `[batch, length, embed]` per exit, in the model's compute dtype.
@@ -78,7 +86,9 @@ def features_at_exits(
   rotary = model.rotary(positions, below=positions.shape[-1])
   attend = packed_attend(segment_ids, positions, model.config.sliding_window)
   hidden = model.embed(params, tokens)
-  kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend)
+  if dropout is not None:
+    hidden = dropout.drop_embedding(hidden)
+  kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend, dropout=dropout)
   heads = (*model.config.exits, None)
   return tuple(
     model.exit_features(params, head, kept[i], rotary=rotary, attend=attend)[0]

@@ -19,6 +19,7 @@ import numpy as np
 from exitax.errors import UserError
 from exitax.layers import AttendFn, Rotary
 from exitax.models.config import ModelConfig
+from exitax.models.dropout import Dropout
 from exitax.models.exit_lm import ExitLM, Params
 
 
@@ -171,6 +172,7 @@ def run_span(
   span: jax.Array,
   rotary: Rotary,
   attend: AttendFn,
+  dropout: Dropout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs one span and keeps the stream where its exits are. Differentiable; nothing is cached.
 
@@ -182,22 +184,26 @@ def run_span(
     span: i32 scalar.
     rotary: angles of the tokens' positions.
     attend: mixes values within the batch; stateless.
+    dropout: what a training step drops.
 
   Returns:
     The stream after the span, and `[max_exits, batch, length, embed]`.
   """
-  run_block = model.stateless_block(rotary, attend)
+  run_block = model.stateless_block(rotary, attend, dropout)
   rows = jnp.asarray(plan.tap_rows)[span]
   is_layer = jnp.asarray(plan.is_layer)[span]
+  layers = None
+  if dropout is not None:
+    layers = jnp.asarray(plan.cuts)[span] + jnp.arange(plan.max_layers)
   kept = jnp.zeros((plan.max_exits + 1, *hidden.shape), hidden.dtype)
 
   def step(carry: tuple[jax.Array, jax.Array], place: Any) -> Any:
     hidden, kept = carry
-    block, row, runs = place
+    block, row, runs, layer = place
     kept = jax.lax.dynamic_update_index_in_dim(kept, hidden, row, 0)
-    after = run_block(block, hidden)
+    after = run_block(block, hidden, layer)
     return (after if plan.is_even else jnp.where(runs, after, hidden), kept), None
 
-  (hidden, kept), _ = jax.lax.scan(step, (hidden, kept), (blocks, rows[:-1], is_layer))
+  (hidden, kept), _ = jax.lax.scan(step, (hidden, kept), (blocks, rows[:-1], is_layer, layers))
   kept = jax.lax.dynamic_update_index_in_dim(kept, hidden, rows[-1], 0)
   return hidden, kept[: plan.max_exits]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from exitax.errors import UserError
-from exitax.models import ExitConfig, ExitLM, Params, features_at_exits
+from exitax.models import Dropout, ExitConfig, ExitLM, Params, features_at_exits
 from exitax.objectives.cross_entropy import ExitSums, exit_cross_entropy
 from exitax.objectives.schedules import ExitWeight
 
@@ -89,6 +89,7 @@ def exit_objective(
   exit_weights: jax.Array,
   *,
   config: ObjectiveConfig,
+  dropout: Dropout | None = None,
 ) -> tuple[jax.Array, LossSums]:
   """Weighted *sum* of token losses; divide value and gradient by the tokens of all batches.
 
@@ -98,11 +99,14 @@ def exit_objective(
     batch: packed tokens.
     exit_weights: f32 `[exits + 1]`, from `ObjectiveConfig.weights_at`.
     config: z-loss and slice length; its weights are not read here.
+    dropout: what a training step drops; None outside of training.
 
   Returns:
     The loss, a scalar, and the sums of every exit for metrics.
   """
-  features = features_at_exits(model, params, batch.tokens, batch.segment_ids, batch.positions)
+  features = features_at_exits(
+    model, params, batch.tokens, batch.segment_ids, batch.positions, dropout=dropout
+  )
   loss, sums = losses_of_exits(
     model, params, dict(enumerate(features)), batch, exit_weights, config=config
   )

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from exitax.layers import Rotary
-from exitax.models import ExitLM, Params, StagePlan, packed_attend, run_span
+from exitax.models import Dropout, ExitLM, Params, StagePlan, packed_attend, run_span
 from exitax.objectives.cross_entropy import ExitSums, exit_cross_entropy
 from exitax.objectives.exit_objective import (
   ObjectiveConfig,
@@ -37,10 +37,12 @@ class Microbatch:
   Attributes:
     batch: packed tokens, `[rows, length]`.
     exit_weights: f32 `[exits + 1]`.
+    dropout: what the training step drops from these rows; None outside of training.
   """
 
   batch: Any
   exit_weights: jax.Array
+  dropout: Dropout | None = None
 
 
 @struct.dataclass
@@ -105,10 +107,22 @@ class SpanObjective:
     span: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """The stream after the span, and at its exits."""
+    dropout = microbatch.dropout
     embedded = self.model.embed(shared.whole, microbatch.batch.tokens)
+    if dropout is not None:
+      embedded = dropout.drop_embedding(embedded)
     hidden = jnp.where(span == 0, embedded, hidden)
     rotary, attend = self._attention(microbatch.batch)
-    return run_span(self.model, self.plan, params, hidden, span=span, rotary=rotary, attend=attend)
+    return run_span(
+      self.model,
+      self.plan,
+      params,
+      hidden,
+      span=span,
+      rotary=rotary,
+      attend=attend,
+      dropout=dropout,
+    )
 
   def loss(
     self,
@@ -121,7 +135,8 @@ class SpanObjective:
     """Weighted losses of the span's exits, and their sums."""
     batch = microbatch.batch
     batch = dataclasses.replace(batch, weights=batch.weights * counts)
-    microbatch = dataclasses.replace(microbatch, batch=batch)
+    # Heads drop nothing.
+    microbatch = dataclasses.replace(microbatch, batch=batch, dropout=None)
     if self.placement is VocabPlacement.STAGE:
       branches = [self._own_losses(exits) for exits in self.plan.exits]
       return jax.lax.switch(span, branches, shared, taps, microbatch)

@@ -7,7 +7,7 @@ import dataclasses
 from exitax.checkpoint import CheckpointConfig
 from exitax.data import DataConfig
 from exitax.errors import UserError
-from exitax.models import ModelConfig
+from exitax.models import DropoutConfig, ModelConfig
 from exitax.objectives import ObjectiveConfig
 from exitax.parallel import MeshConfig, ShardingRules
 from exitax.training.optimizer import OptimizerConfig
@@ -72,6 +72,7 @@ class RunConfig:
   data: DataConfig
   loop: LoopConfig
   objective: ObjectiveConfig = ObjectiveConfig()
+  dropout: DropoutConfig = DropoutConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   sharding: ShardingRules = ShardingRules()

@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from exitax.errors import UserError, choose
-from exitax.models import ExitLM, Params, Remat, StagePlan, plan_stages, stack_spans
+from exitax.models import Dropout, ExitLM, Params, Remat, StagePlan, plan_stages, stack_spans
 from exitax.objectives import (
   LossSums,
   Microbatch,
@@ -155,10 +155,14 @@ class PipelinedObjective:
     self._shardings = self._view_shardings()
 
   def value_and_grad(
-    self, params: Params, batch: PackedBatch, exit_weights: jax.Array
+    self,
+    params: Params,
+    batch: PackedBatch,
+    exit_weights: jax.Array,
+    dropout: Dropout | None = None,
   ) -> tuple[tuple[jax.Array, LossSums], Params]:
     """As `jax.value_and_grad(exit_objective, has_aux=True)`, for parameters with stacked blocks."""
-    sums, grads = self._run(params, batch, exit_weights, self.schedule)
+    sums, grads = self._run(params, batch, exit_weights, self.schedule, dropout)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     grads = jax.tree.map(lambda g, s: g.astype(s.dtype), grads, jax.eval_shape(self._views, shapes))
     (of_params,) = jax.linear_transpose(self._views, shapes)(grads)
@@ -197,7 +201,12 @@ class PipelinedObjective:
     return jnp.sum(exit_weights * losses)
 
   def _run(
-    self, params: Params, batch: PackedBatch, exit_weights: jax.Array, schedule: Schedule
+    self,
+    params: Params,
+    batch: PackedBatch,
+    exit_weights: jax.Array,
+    schedule: Schedule,
+    dropout: Dropout | None = None,
   ) -> tuple[LossSums, Any]:
     self.check_rows(batch.tokens.shape[0])
     views = self._views(_cast(params, self._model.config.precision.dtype))
@@ -209,16 +218,21 @@ class PipelinedObjective:
     run = jax.shard_map(
       lambda *args: self._stage(schedule, *args),
       mesh=self._mesh,
-      in_specs=(specs, rows, whole),
+      in_specs=(specs, rows, whole, _dropout_specs(dropout)),
       out_specs=(whole, specs if trains else None),
       axis_names={DATA_AXIS, PIPELINE_AXIS},
       check_vma=False,
     )
-    sums, grads = run(views, batch, exit_weights)
+    sums, grads = run(views, batch, exit_weights, dropout)
     return LossSums(exits=sums, tokens=jnp.sum(batch.weights)), grads
 
   def _stage(
-    self, schedule: Schedule, views: _Views, batch: PackedBatch, exit_weights: jax.Array
+    self,
+    schedule: Schedule,
+    views: _Views,
+    batch: PackedBatch,
+    exit_weights: jax.Array,
+    dropout: Dropout | None,
   ) -> tuple[Any, Any]:
     """One stage of one data shard: gathers its parameters, runs its table, adds up."""
     specs = jax.tree.map(lambda sharding: _manual(sharding.spec), self._shardings)
@@ -227,6 +241,7 @@ class PipelinedObjective:
     microbatches = Microbatch(
       batch=jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch),
       exit_weights=jnp.broadcast_to(exit_weights, (num_parts, *exit_weights.shape)),
+      dropout=_cut_dropout(dropout, num_parts),
     )
     program = SpanObjective(
       self._model, self.plan, self._objective, self._config.vocab, PIPELINE_AXIS
@@ -291,6 +306,22 @@ def _cast(params: Params, dtype: Any) -> Params:
     return leaf.astype(dtype) if path[-1].key in ('kernel', 'matrix') else leaf
 
   return jax.tree.map_with_path(cast, params)
+
+
+def _dropout_specs(dropout: Dropout | None) -> Dropout | None:
+  """Rows lie where the batch's do; the rest is whole everywhere."""
+  if dropout is None:
+    return None
+  whole: Any = jax.tree.map(lambda x: PartitionSpec(), dropout)
+  return dataclasses.replace(whole, rows=PartitionSpec(DATA_AXIS))
+
+
+def _cut_dropout(dropout: Dropout | None, num_parts: int) -> Dropout | None:
+  """For each microbatch, every leaf `[num_parts, ...]`."""
+  if dropout is None:
+    return None
+  parts: Any = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_parts, *x.shape)), dropout)
+  return dataclasses.replace(parts, rows=dropout.rows.reshape(num_parts, -1))
 
 
 def _manual(spec: PartitionSpec) -> PartitionSpec:

@@ -11,7 +11,7 @@ import optax
 from flax import struct
 
 from exitax.errors import UserError
-from exitax.models import ExitLM, Params
+from exitax.models import Dropout, DropoutConfig, ExitLM, Params, with_rows
 from exitax.objectives import LossSums, ObjectiveConfig, PackedBatch, exit_objective
 from exitax.training.state import TrainState
 
@@ -37,8 +37,11 @@ class StepMetrics:
 
 TrainStepFn = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
-# Parameters, batch and exit weights to ((loss, sums), gradient), all sums over the batch.
-ValueAndGradFn = Callable[[Params, Any, jax.Array], tuple[tuple[jax.Array, LossSums], Params]]
+# Parameters, batch, exit weights and what is dropped to ((loss, sums), gradient), all sums over the
+# batch.
+ValueAndGradFn = Callable[
+  [Params, Any, jax.Array, Dropout | None], tuple[tuple[jax.Array, LossSums], Params]
+]
 
 
 def make_train_step(
@@ -49,6 +52,7 @@ def make_train_step(
   schedule: optax.Schedule,
   accumulation_steps: int = 1,
   value_and_grad: ValueAndGradFn | None = None,
+  dropout: DropoutConfig = DropoutConfig(),
 ) -> TrainStepFn:
   """A step function to be jitted with its state donated.
 
@@ -63,15 +67,19 @@ def make_train_step(
     accumulation_steps: parts that a batch is cut into, one forward and backward each.
     value_and_grad: another way to the gradient of the objective, such as
       `PipelinedObjective.value_and_grad`; None is autodiff of the whole model.
+    dropout: what is dropped; masks follow `TrainState.step` and the row of the whole batch, so
+      neither resuming nor accumulation changes them.
 
   Raises:
     UserError: as `ObjectiveConfig.check`; while tracing, a batch that cannot be cut.
   """
   objective.check(model.config.exits)
 
-  def autodiff(params: Params, batch: PackedBatch, weights: jax.Array) -> Any:
+  def autodiff(
+    params: Params, batch: PackedBatch, weights: jax.Array, dropped: Dropout | None
+  ) -> Any:
     def loss_fn(params: Params) -> tuple[jax.Array, LossSums]:
-      return exit_objective(model, params, batch, weights, config=objective)
+      return exit_objective(model, params, batch, weights, config=objective, dropout=dropped)
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
@@ -79,11 +87,16 @@ def make_train_step(
 
   def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
     weights = objective.weights_at(state.step)
+    dropped = dropout.at(
+      state.step, num_layers=model.config.num_layers, num_rows=batch.tokens.shape[0]
+    )
     if accumulation_steps == 1:
-      (loss, sums), grads = gradients(state.params, batch, weights)
+      (loss, sums), grads = gradients(state.params, batch, weights, dropped)
     else:
       (loss, sums), grads = _accumulate(
-        lambda part: gradients(state.params, part, weights), batch, accumulation_steps
+        lambda part, rows: gradients(state.params, part, weights, with_rows(dropped, rows)),
+        (batch, dropped.rows if dropped else None),
+        accumulation_steps,
       )
     per_token = 1.0 / jnp.maximum(sums.tokens, 1.0)
     grads = jax.tree.map(lambda g: g * per_token, grads)
@@ -101,8 +114,8 @@ def make_train_step(
   return step
 
 
-def _accumulate(gradients: Callable[[Any], Any], batch: PackedBatch, num_parts: int) -> Any:
-  """Adds up `gradients` over `num_parts` slices of the batch, one at a time."""
+def _accumulate(gradients: Callable[..., Any], arguments: tuple[Any, ...], num_parts: int) -> Any:
+  """Adds up `gradients` over `num_parts` slices of its arguments' rows, one at a time."""
 
   def cut(x: jax.Array) -> jax.Array:
     if x.shape[0] % num_parts:
@@ -112,11 +125,11 @@ def _accumulate(gradients: Callable[[Any], Any], batch: PackedBatch, num_parts: 
     # Rows i, i + parts, ...: every device's rows are spread over all parts, so nothing moves.
     return x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
 
-  parts = jax.tree.map(cut, batch)
-  shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+  parts = jax.tree.map(cut, arguments)
+  shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def add(total: Any, part: Any) -> Any:
-    return jax.tree.map(jnp.add, total, gradients(part)), None
+    return jax.tree.map(jnp.add, total, gradients(*part)), None
 
   return jax.lax.scan(add, zeros, parts)[0]

@@ -157,6 +157,7 @@ class _Trainer:
       schedule=self._schedule,
       accumulation_steps=self._loop.accumulation_steps,
       value_and_grad=value_and_grad,
+      dropout=self._config.dropout,
     )
 
   def _start(self) -> tuple[TrainState, int]:
