@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exitax import layers
-from exitax.layers import BlockConfig, HeadKind, Precision, RopeConfig
+from exitax.layers import BlockConfig, DropSite, HeadKind, Precision, RopeConfig
 
 WIDTHS = {'embed_dim': 12, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 6, 'mlp_dim': 10}
 CONFIG = BlockConfig(**WIDTHS, rope=RopeConfig(theta=30.0), precision=Precision.FLOAT64)
@@ -67,6 +67,27 @@ def test_block_adds_attention_then_mlp_to_the_stream(x64):
   wanted = middle + _swiglu(_norm(middle, params['mlp_norm']), params['mlp'])
   np.testing.assert_allclose(got, wanted, atol=1e-12)
   assert state == 'kept'
+
+
+def test_block_drops_what_its_branches_add(x64):
+  """Against NumPy with masks that are given: the stream itself is never dropped."""
+  hidden, rotary, attend = _arguments()
+  block = layers.Block(CONFIG)
+  params = _random_params(block, hidden, rotary, attend)
+  rng, rate = np.random.default_rng(2), 0.4
+  scales = {
+    site: (rng.random(hidden.shape) >= rate) / (1 - rate)
+    for site in (DropSite.ATTENTION, DropSite.MLP)
+  }
+  got, _ = block.apply(
+    {'params': params}, hidden, rotary, attend, lambda output, site: output * scales[site]
+  )
+  attention = layers.Attention(CONFIG)
+  normed = jnp.asarray(_norm(hidden, params['attention_norm']))
+  mixed, _ = attention.apply({'params': params['attention']}, normed, rotary, attend)
+  middle = np.asarray(hidden) + np.asarray(mixed) * scales[DropSite.ATTENTION]
+  output = _swiglu(_norm(middle, params['mlp_norm']), params['mlp'])
+  np.testing.assert_allclose(got, middle + output * scales[DropSite.MLP], atol=1e-12)
 
 
 def test_bfloat16_block_follows_float32():

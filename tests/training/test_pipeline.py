@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,12 +12,18 @@ import pytest
 from exitax import models, objectives, parallel
 from exitax.errors import UserError
 from exitax.layers import HeadKind, Precision
-from exitax.models import ExitConfig, ExitLM, ExitMatrix
+from exitax.models import DropoutConfig, ExitConfig, ExitLM, ExitMatrix, Remat
+from exitax.parallel.residuals import residuals_of
 from exitax.training import PipelineConfig, PipelinedObjective
 from tests.training.packed_batch import BATCH, LENGTH, make_batch
 
 QUICK = {'xla_backend_optimization_level': 0}
 LAYERS = 4
+STEP = 3
+KEPT = DropoutConfig()
+DROPPED = DropoutConfig(
+  residual_rate=0.2, embedding_rate=0.1, layer_rate=0.6, curriculum_steps=5, seed=1
+)
 
 EXITS = {
   'none': (),
@@ -68,19 +75,31 @@ def _random_params(model: ExitLM):
   return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 
 
+def _dropout(config: DropoutConfig):
+  return config.at(STEP, num_layers=LAYERS, num_rows=BATCH)
+
+
 @functools.cache
-def _sequential(model: ExitLM):
+def _sequential(model: ExitLM, dropout: DropoutConfig = KEPT):
   objective = _objective(model)
 
   def loss(params):
     weights = objective.weights_at(0)
-    return objectives.exit_objective(model, params, make_batch(), weights, config=objective)
+    return objectives.exit_objective(
+      model, params, make_batch(), weights, config=objective, dropout=_dropout(dropout)
+    )
 
   program = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
   return jax.device_get(program(_random_params(model)))
 
 
-def _pipelined(model: ExitLM, sizes: tuple[int, int, int], config: PipelineConfig, rules=None):
+def _pipelined(
+  model: ExitLM,
+  sizes: tuple[int, int, int],
+  config: PipelineConfig,
+  rules=None,
+  dropout: DropoutConfig = KEPT,
+):
   rules = rules or parallel.ShardingRules()
   num_devices = int(np.prod(sizes))
   mesh = parallel.make_mesh(parallel.MeshConfig(*sizes), jax.devices()[:num_devices])
@@ -94,6 +113,7 @@ def _pipelined(model: ExitLM, sizes: tuple[int, int, int], config: PipelineConfi
         jax.device_put(params, layout),
         parallel.shard_batch(make_batch(), mesh, rules),
         objective.weights_at(0),
+        _dropout(dropout),
       )
     )
     step = jax.jit(pipelined.value_and_grad, compiler_options=QUICK)
@@ -102,12 +122,14 @@ def _pipelined(model: ExitLM, sizes: tuple[int, int, int], config: PipelineConfi
     return jax.device_get((found, score(*arguments[:2])))
 
 
-def _check(model: ExitLM, found, tolerance: float) -> None:
+def _check(model: ExitLM, found, tolerance: float, dropout: DropoutConfig = KEPT) -> None:
   ((loss, sums), grads), scored = found
-  (wanted_loss, wanted_sums), wanted_grads = _sequential(model)
+  (wanted_loss, wanted_sums), wanted_grads = _sequential(model, dropout)
+  # Scores never drop.
+  (_, wanted_scores), _ = _sequential(model)
   np.testing.assert_allclose(loss, wanted_loss, rtol=tolerance)
-  for got in (sums, scored):
-    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(wanted_sums), strict=True):
+  for got, wanted in ((sums, wanted_sums), (scored, wanted_scores)):
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
       np.testing.assert_allclose(left, right, rtol=tolerance)
   assert jax.tree.structure(grads) == jax.tree.structure(wanted_grads)
   for (path, left), right in zip(
@@ -166,6 +188,72 @@ def test_stages_may_differ_in_layers(layers):
   model = _model('all_heads', tied=True)
   config = PipelineConfig(num_microbatches=4, layers_per_span=layers, vocab='stage')
   _check(model, _pipelined(model, (1, 3, 1), config), 1e-5)
+
+
+# With the test in float64: every mesh axis, schedule, way of recomputation and placement of scores,
+# and uneven layers.
+DROPOUT_CASES = [
+  ((2, 2, 2), 'interleaved', 2, None, 'selective', 'stage'),
+  ((2, 4, 1), 'gpipe', 1, None, 'layer', 'pipeline'),
+  ((1, 3, 1), '1f1b', 1, (1, 1, 2), 'stage', 'stage'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('sizes', 'schedule', 'chunks', 'layers', 'recompute', 'vocab'), DROPOUT_CASES
+)
+def test_what_is_dropped_is_what_one_device_drops(
+  sizes, schedule, chunks, layers, recompute, vocab
+):
+  model = _model('boundary', tied=True)
+  config = PipelineConfig(
+    schedule=schedule,
+    num_microbatches=min(4, BATCH // sizes[0]),
+    num_chunks=chunks,
+    layers_per_span=layers,
+    recompute=recompute,
+    vocab=vocab,
+  )
+  (dropped, _), _ = _sequential(model, DROPPED)
+  (whole, _), _ = _sequential(model)
+  assert abs(dropped - whole) > 1e-2 * whole
+  _check(model, _pipelined(model, sizes, config, dropout=DROPPED), 1e-5, DROPPED)
+
+
+@pytest.mark.slow
+def test_dropout_is_exact_in_float64(x64):
+  model = _model('all_heads', tied=False, precision=Precision.FLOAT64)
+  config = PipelineConfig(num_microbatches=4, recompute='none', vocab='stage')
+  _check(model, _pipelined(model, (1, 2, 1), config, dropout=DROPPED), 1e-10, DROPPED)
+
+
+@pytest.mark.parametrize('remat', list(Remat))
+def test_masks_are_not_kept_for_the_backward(remat):
+  """They come from keys again: the ring of a stage holds what it holds without dropout."""
+  model = ExitLM(dataclasses.replace(_model('boundary', tied=True).config, remat=remat))
+  plan = models.plan_stages(model.config, num_stages=2)
+  stage = objectives.VocabPlacement.STAGE
+  program = objectives.SpanObjective(model, plan, _objective(model), stage, parallel.PIPELINE_AXIS)
+  params = _random_params(model)
+  blocks = jax.tree.map(lambda x: x[0, 0], models.stack_spans(plan, params['blocks']))
+  shared = objectives.split_shared(model, params, stage)
+
+  def kept(dropout: DropoutConfig):
+    def residuals(blocks, shared, hidden, microbatch, span):
+      def run(*args):
+        return program.run(*args, microbatch, span)
+
+      return residuals_of(run, blocks, shared, hidden)[1]
+
+    microbatch = objectives.Microbatch(make_batch(), np.ones(2), _dropout(dropout))
+    hidden = program.hidden_like(microbatch)
+    found = jax.eval_shape(residuals, blocks, shared, hidden, microbatch, np.int32(1))
+    return [(x.shape, x.dtype) for x in found]
+
+  assert kept(DROPPED)
+  assert sorted(kept(DROPPED)) == sorted(kept(KEPT))
+  assert all(np.issubdtype(dtype, np.floating) for _, dtype in kept(DROPPED))
 
 
 def test_sharding_by_rule_changes_nothing():

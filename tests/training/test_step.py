@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from exitax import checkpoint, models, objectives, parallel, training
 from exitax.errors import UserError
 from exitax.layers import HeadKind, causal, platform
-from exitax.models import ExitConfig, ExitLM, ExitMatrix
+from exitax.models import DropoutConfig, ExitConfig, ExitLM, ExitMatrix
 from tests.training.packed_batch import BATCH, LENGTH, make_batch
 
 QUICK = {'xla_backend_optimization_level': 0}
@@ -80,13 +81,16 @@ def _state(mesh, rules) -> training.TrainState:
   return jax.device_put(state, shardings)
 
 
-def _one_step(mesh, rules, *, accumulation_steps: int = 1):
+def _one_step(
+  mesh, rules, *, accumulation_steps: int = 1, dropout: DropoutConfig = DropoutConfig()
+):
   step_fn = training.make_train_step(
     ExitLM(MODEL),
     OPTIMIZER,
     objective=OBJECTIVE,
     schedule=SCHEDULE,
     accumulation_steps=accumulation_steps,
+    dropout=dropout,
   )
   with parallel.use(mesh, rules):
     batch = parallel.shard_batch(make_batch(), mesh, rules)
@@ -102,8 +106,8 @@ def _gradients(state: training.TrainState):
 
 
 @functools.cache
-def _single():
-  state, metrics = _one_step(_mesh(data=1), parallel.ShardingRules())
+def _single(dropout: DropoutConfig = DropoutConfig()):
+  state, metrics = _one_step(_mesh(data=1), parallel.ShardingRules(), dropout=dropout)
   return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -224,6 +228,70 @@ def test_accumulation_on_a_mesh_is_the_same_gradient():
   wanted, _ = _single()
   state, _ = _one_step(_mesh(data=4, tensor=2), parallel.ShardingRules(), accumulation_steps=2)
   _assert_same(_gradients(state), _gradients(wanted), 1e-5)
+
+
+DROPPED = DropoutConfig(residual_rate=0.2, embedding_rate=0.1, layer_rate=0.4, seed=1)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'accumulation_steps'),
+  [((1, 1), 4), ((8, 1), 1), ((4, 2), 2)],
+  ids=['accumulated', 'data', 'both'],
+)
+def test_what_is_dropped_depends_on_the_row_of_the_batch_alone(sizes, accumulation_steps):
+  wanted, wanted_metrics = _single(DROPPED)
+  assert abs(wanted_metrics.loss - _single()[1].loss) > 1e-2 * wanted_metrics.loss
+  state, metrics = _one_step(
+    _mesh(data=sizes[0], tensor=sizes[1]),
+    parallel.ShardingRules(),
+    accumulation_steps=accumulation_steps,
+    dropout=DROPPED,
+  )
+  _assert_same(_gradients(state), _gradients(wanted), 1e-5)
+  np.testing.assert_allclose(metrics.loss, wanted_metrics.loss, rtol=1e-5)
+
+
+def _program(dropout: DropoutConfig, **changes):
+  """The jaxpr of a step as text, and its flops."""
+  model = ExitLM(dataclasses.replace(MODEL, **changes))
+  step_fn = training.make_train_step(
+    model, OPTIMIZER, objective=OBJECTIVE, schedule=SCHEDULE, dropout=dropout
+  )
+  arguments = (_state(_mesh(data=1), parallel.ShardingRules()), make_batch())
+  text = re.sub(r'0x[0-9a-f]+', '', str(jax.make_jaxpr(step_fn)(*arguments)))
+  return text, parallel.count_flops(step_fn, *arguments)
+
+
+RANDOM = ('random_', 'threefry', 'key<')
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_a_step_that_drops_nothing_has_no_keys_and_no_masks(remat):
+  plain, flops = _program(DropoutConfig(), remat=remat)
+  assert not any(word in plain for word in RANDOM)
+  # A seed and a curriculum alone change no rate.
+  idle, _ = _program(DropoutConfig(seed=5, curriculum_steps=9), remat=remat)
+  assert idle == plain
+  dropped, dropped_flops = _program(DROPPED, remat=remat)
+  assert all(word in dropped for word in ('random_bits', 'random_fold_in', 'key<'))
+  # Masks are no matrix products: utilisation counts as before.
+  assert dropped_flops == flops
+
+
+def test_steps_drop_differently():
+  mesh, rules = _mesh(data=1), parallel.ShardingRules()
+  step_fn = training.make_train_step(
+    ExitLM(MODEL), OPTIMIZER, objective=OBJECTIVE, schedule=SCHEDULE, dropout=DROPPED
+  )
+  program = jax.jit(step_fn, compiler_options=QUICK)
+  state = _state(mesh, rules)
+  losses = [
+    float(program(dataclasses.replace(state, step=np.int32(step)), make_batch())[1].loss)
+    for step in (0, 1, 2, 1)
+  ]
+  assert losses[0] == _single(DROPPED)[1].loss
+  assert len(set(losses[:3])) == 3
+  assert losses[3] == losses[1]
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
