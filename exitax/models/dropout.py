@@ -32,13 +32,14 @@ class DropoutConfig:
     D(l) = exp(l ln2 / (L-1)) - 1, which grows from 0 to 1: the first layer is never dropped,
     S(t) = 1, or with a curriculum exp(t ln2 / (T-1)) - 1, and 1 after it.
 
-  A kept layer is *not* divided by 1 - p, as in the paper: full depth is then not the mean of what
-  was trained, but the stream at an early exit (which runs every layer before it with no scale) is
-  one that training saw. A dropped row passes through unchanged; its layer is still computed and
-  masked, because shapes in XLA do not depend on values: layer dropout here saves no time.
+  A kept layer is *not* divided by 1 - p, as in the paper: what a layer adds while decoding is then
+  what it added in training, and decoding to an exit or to the end runs a chain of layers that
+  training ran as well. A dropped row passes through unchanged. Its layer is computed all the same
+  and masked, because shapes in XLA do not depend on values: unlike the paper's implementation,
+  layer dropout here saves no time.
 
-  Exits read the stream as it was dropped; their heads, MLP and LAYER heads included, drop nothing,
-  since no later layer makes up for what an exit loses.
+  Exits read the stream as it was dropped; their heads, MLP and LAYER heads included, drop nothing:
+  a head is there whenever its exit is used.
 
   Attributes:
     residual_rate: share of the entries that attention and MLP add to the stream that is dropped;

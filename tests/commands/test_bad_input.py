@@ -40,6 +40,10 @@ TRAIN_MISTAKES = {
     ('--gin.exit_weights.start=(0.5,)',),
     '1 exit weights for 2 exits',
   ),
+  'dropping everything': (
+    ('--gin.DropoutConfig.layer_rate=1.0',),
+    'DropoutConfig.layer_rate=1.0 is no rate of dropout: choose 0 (drop nothing) or more, below 1',
+  ),
   'unknown head': (("--gin.exits.head='big'",), "exits.head='big' is not known"),
   'rows beyond the context': (
     ("--gin.TASK_FEATURE_LENGTHS={'targets': 65}",),
