@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from exitax.errors import UserError
 from exitax.parallel import Collective, FlopCount, collectives_in, count_jaxpr_flops, use
@@ -72,7 +75,8 @@ def compile_step(assembly: Assembly) -> CompiledStep:
     traced = step.trace(assembly.abstract_state(), assembly.abstract_batch())
     flops = count_jaxpr_flops(traced.jaxpr.jaxpr)
     try:
-      compiled = traced.lower().compile()
+      with _no_persistent_cache():
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
       needed, available = _out_of_memory(error)
       seconds = time.perf_counter() - start
@@ -96,6 +100,19 @@ def compile_step(assembly: Assembly) -> CompiledStep:
     num_rematerialised=len(re.findall(r'^\s+(?:ROOT )?%[\w.\-]*\.remat', text, re.MULTILINE)),
     seconds=time.perf_counter() - start,
   )
+
+
+@contextlib.contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+  """A program for devices that are not here can be written to jax's cache, but not read back."""
+  was_enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # It looks at the setting once.
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', was_enabled)
+    compilation_cache.reset_cache()
 
 
 def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[int | None, int | None]:

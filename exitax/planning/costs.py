@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from exitax.data import Batch
+from exitax.layers import platform
 from exitax.models import ExitLM, ModelConfig, Remat, StagePlan
 from exitax.objectives import (
   Microbatch,
@@ -62,7 +63,9 @@ def span_cost(
   """
   # Cached by what counts: searches vary a configuration's own remat, which is not read.
   config = dataclasses.replace(config, remat=Remat.NONE)
-  one, two = (traced_cost(config, layers, length, recompute) for layers in (1, 2))
+  one, two = (
+    traced_cost(config, layers, length, recompute, platform.target()) for layers in (1, 2)
+  )
   further = num_layers - 1
 
   def extrapolated(name: str) -> int:
@@ -83,9 +86,10 @@ def span_cost(
 
 @functools.cache
 def traced_cost(
-  config: ModelConfig, num_layers: int, length: int, recompute: Recompute
+  config: ModelConfig, num_layers: int, length: int, recompute: Recompute, target: str
 ) -> SpanCost:
-  """Traces a span with one exit."""
+  """Traces a span with one exit; layers are made for the platform `target`, that of the mesh."""
+  assert target == platform.target()
   keep, remat = recompute_settings(recompute)
   model = ExitLM(dataclasses.replace(config, remat=remat))
   plan = StagePlan(num_stages=1, num_chunks=1, cuts=(0, num_layers), depths=(0,))

@@ -80,5 +80,6 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
     schedule=schedule,
     accumulation_steps=config.loop.accumulation_steps,
     value_and_grad=pipelined.value_and_grad if pipelined else None,
+    dropout=config.dropout,
   )
   return Assembly(config, mesh, model, schedule, optimizer, pipelined, step)
