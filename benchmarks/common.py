@@ -145,7 +145,7 @@ def finish(name: str, rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) 
   print_table(rows)
   for goal in goals:
     outcome = 'met' if goal.met else 'MISSED'
-    print(f'{goal.name}: {goal.value:.3f} (goal {goal.op} {goal.goal}): {outcome}')
+    print(f'{goal.name}: {goal.value:.4g} (goal {goal.op} {goal.goal}): {outcome}')
   report = {
     'benchmark': name,
     'commit': commit(),
