@@ -18,9 +18,10 @@ from exitax.data.cache import cache_root
 from exitax.data.evaluation import EvalLoader
 from exitax.data.huggingface import BpeTokenizer, HuggingFaceTokenizer
 from exitax.data.jsonl import JsonlSource
-from exitax.data.loader import Shard, TrainLoader, TrainRows
+from exitax.data.loader import TrainLoader, TrainRows
 from exitax.data.packing import PackedRows, TokenStream, pad_documents, token_stream
 from exitax.data.progress import Progress, progress_bar, quiet
+from exitax.data.shard import Shard, Shards, shards_of_blocks
 from exitax.data.sources import (
   Document,
   PythonLibrarySource,
@@ -72,6 +73,8 @@ __all__ = [
   # Loaders.
   'EvalLoader',
   'Shard',
+  'Shards',
+  'shards_of_blocks',
   'TrainLoader',
   'TrainRows',
   # Tasks.

@@ -50,6 +50,11 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
   )
 
 
+def concatenate(batches: Sequence[Batch]) -> Batch:
+  """The rows of several batches, one after the other."""
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
 def empty_row(*, length: int, pad_id: int) -> Batch:
   """A row `[length]` of padding only: segment 0 and weight 0 everywhere."""
   return Batch(

@@ -10,9 +10,10 @@ from exitax.data.cache import cache_root, cached_folder, key_of
 from exitax.data.corpus import Corpus, TokenisedCorpus
 from exitax.data.evaluation import EvalLoader
 from exitax.data.huggingface import BpeTokenizer
-from exitax.data.loader import WHOLE, Shard, TrainLoader, TrainRows
+from exitax.data.loader import TrainLoader, TrainRows
 from exitax.data.packing import PackedRows, TokenStream
 from exitax.data.progress import Progress, progress_bar
+from exitax.data.shard import WHOLE, Shards
 from exitax.data.splits import SplitConfig
 from exitax.data.stats import CorpusStats
 from exitax.data.tasks import Mixture, Task, resolve
@@ -86,7 +87,7 @@ class Data:
     """Names texts, split and tokenizer together."""
     return self.corpus.digest
 
-  def train_loader(self, shard: Shard = WHOLE) -> TrainLoader:
+  def train_loader(self, shard: Shards = WHOLE) -> TrainLoader:
     """A new endless loader of the training part, at its first batch.
 
     Raises:
@@ -105,7 +106,7 @@ class Data:
     )
 
   def eval_loader(
-    self, shard: Shard = WHOLE, *, task: str | None = None, max_rows: int | None = None
+    self, shard: Shards = WHOLE, *, task: str | None = None, max_rows: int | None = None
   ) -> EvalLoader:
     """The held-out part of one task, or of all in order; `max_rows` spreads over all of it.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from exitax.data.batch import Batch, empty_row, stack_rows
-from exitax.data.loader import WHOLE, Shard
 from exitax.data.packing import PackedRows
+from exitax.data.shard import WHOLE, Shards, parts_of
 from exitax.errors import UserError
 
 
@@ -22,7 +22,7 @@ class EvalLoader:
     parts: Sequence[PackedRows],
     *,
     batch_size: int,
-    shard: Shard = WHOLE,
+    shard: Shards = WHOLE,
     max_rows: int | None = None,
   ) -> None:
     """Chains the rows of `parts`.
@@ -30,7 +30,7 @@ class EvalLoader:
     Args:
       parts: rows of one length and pad id.
       batch_size: rows of a global batch, over all processes.
-      shard: the part of this process.
+      shard: the part of this process, or its parts.
       max_rows: at most so many rows, spread evenly; None takes all.
 
     Raises:
@@ -44,8 +44,9 @@ class EvalLoader:
     count = min(len(places), max_rows or len(places))
     self._places = [places[i * len(places) // count] for i in range(count)]
     self._batch_size = batch_size
-    self._local = shard.local_batch_size(batch_size)
-    self._first = shard.process_index * self._local
+    sizes = [(part.process_index, part.local_batch_size(batch_size)) for part in parts_of(shard)]
+    # Places of this process's rows in a batch.
+    self._own = [index * size + i for index, size in sizes for i in range(size)]
     self._padding = empty_row(length=parts[0].length, pad_id=parts[0].pad_id)
 
   def __len__(self) -> int:
@@ -55,6 +56,8 @@ class EvalLoader:
   def __iter__(self) -> Iterator[Batch]:
     """Batches `[batch_size / process_count, length]` of NumPy arrays."""
     for step in range(len(self)):
-      first = step * self._batch_size + self._first
-      rows = [part[index] for part, index in self._places[first : first + self._local]]
-      yield stack_rows(rows + [self._padding] * (self._local - len(rows)))
+      first = step * self._batch_size
+      wanted = [first + own for own in self._own]
+      places = [self._places[place] for place in wanted if place < len(self._places)]
+      rows = [part[index] for part, index in places]
+      yield stack_rows(rows + [self._padding] * (len(self._own) - len(rows)))

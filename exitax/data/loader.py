@@ -2,10 +2,10 @@
 
 Each task is shuffled anew every epoch by a seed of its own and repeats for ever; the mixture draws
 rows from the tasks in a fixed pattern of their weights. Step `s` of the whole job is rows
-`[s * batch_size, (s + 1) * batch_size)` of that sequence, of which process `p` of `n` takes the
-`p`-th `n`-th part. So hosts never overlap, their parts stacked are what one host alone would see,
-and a state saved on `n` processes may be restored on another number. (The weights hold for whole
-batches; one host's part of them may lean to a task.)
+`[s * batch_size, (s + 1) * batch_size)` of that sequence, of which a process takes one `n`-th part
+or several: those that its devices hold. So the parts put together are what one host alone would
+see, and a state saved on `n` processes may be restored on another number. (The weights hold for
+whole batches; one host's part of them may lean to a task.)
 """
 
 from __future__ import annotations
@@ -17,40 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from exitax.data.batch import Batch, stack_rows
+from exitax.data.batch import Batch, concatenate, stack_rows
 from exitax.data.cache import key_of
 from exitax.data.packing import PackedRows
+from exitax.data.shard import WHOLE, Shard, Shards, parts_of
 from exitax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """Which part of every global batch a process loads: `process_index` of `process_count`."""
-
-  process_index: int = 0
-  process_count: int = 1
-
-  def local_batch_size(self, batch_size: int) -> int:
-    """Rows of a global batch of `batch_size` that this process loads.
-
-    Raises:
-      UserError: the processes do not divide the batch, or the index is out of range.
-    """
-    if not 0 <= self.process_index < self.process_count:
-      raise UserError(
-        f'process_index={self.process_index} is outside 0 to process_count-1='
-        f'{self.process_count - 1}'
-      )
-    if batch_size < 1 or batch_size % self.process_count:
-      raise UserError(
-        f'batch_size={batch_size} is not a positive multiple of {self.process_count} processes: '
-        f'choose such as {max(1, batch_size // self.process_count) * self.process_count}'
-      )
-    return batch_size // self.process_count
-
-
-WHOLE = Shard()
-"""All of every batch: one process alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +34,10 @@ class TrainRows:
 
 
 class TrainLoader(Iterator[Batch]):
-  """Batches `[batch_size / process_count, length]` of NumPy arrays, for ever."""
+  """Batches `[batch_size / process_count, length]` of NumPy arrays, for ever.
+
+  With several shards a batch holds the rows of each, one after the other.
+  """
 
   def __init__(
     self,
@@ -72,7 +46,7 @@ class TrainLoader(Iterator[Batch]):
     batch_size: int,
     seed: int,
     corpus_digest: str,
-    shard: Shard = WHOLE,
+    shard: Shards = WHOLE,
     prefetch: int = 4,
   ) -> None:
     """Starts at the first batch.
@@ -99,13 +73,13 @@ class TrainLoader(Iterator[Batch]):
         'seed': seed,
       }
     )
-    local = shard.local_batch_size(batch_size)
-    # drop_remainder only because the length is otherwise rounded up in floating point, and an
-    # endless one then no longer fits into an index.
-    rows = self._mixed(tasks, seed=seed).batch(local, drop_remainder=True, batch_fn=stack_rows)
-    own = rows[shard.process_index :: shard.process_count]
     options = self._grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-    self._iterator = iter(own.to_iter_dataset(options))
+    mixed = self._mixed(tasks, seed=seed)
+    # All stand at the same batch always, so the state of one is the state of all.
+    self._iterators = [
+      iter(_part(mixed, part, batch_size=batch_size).to_iter_dataset(options))
+      for part in parts_of(shard)
+    ]
 
   def _mixed(self, tasks: Sequence[TrainRows], *, seed: int) -> Any:
     endless = []
@@ -119,11 +93,12 @@ class TrainLoader(Iterator[Batch]):
 
   def __next__(self) -> Batch:
     """The next batch of this process."""
-    return next(self._iterator)
+    parts = [next(iterator) for iterator in self._iterators]
+    return parts[0] if len(parts) == 1 else concatenate(parts)
 
   def get_state(self) -> dict[str, Any]:
     """Where the loader stands, as JSON-able values; the same on every process."""
-    return {'format': 1, 'digest': self._digest, 'grain': dict(self._iterator.get_state())}
+    return {'format': 1, 'digest': self._digest, 'grain': dict(self._iterators[0].get_state())}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes on from `state`: the batches that follow are bitwise those that followed then.
@@ -137,7 +112,17 @@ class TrainLoader(Iterator[Batch]):
         f'run ({self._digest[:12]}): corpus, tokenizer, split, mixture, length, batch_size and seed '
         'must be those it was saved with, or start in a new model directory'
       )
-    self._iterator.set_state(state['grain'])
+    for iterator in self._iterators:
+      iterator.set_state(state['grain'])
+
+
+def _part(rows: Any, shard: Shard, *, batch_size: int) -> Any:
+  """The batches of one shard, of rows without end."""
+  local = shard.local_batch_size(batch_size)
+  # drop_remainder only because the length is otherwise rounded up in floating point, and an
+  # endless one then no longer fits into an index.
+  batches = rows.batch(local, drop_remainder=True, batch_fn=stack_rows)
+  return batches[shard.process_index :: shard.process_count]
 
 
 def _import_grain() -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from exitax.checkpoint import LoadedModel
-from exitax.data import Data, Progress, Shard, check_tokenizer, quiet
+from exitax.data import Data, Progress, check_tokenizer, quiet, shards_of_blocks
 from exitax.evaluate.config import EvaluateConfig
 from exitax.evaluate.decoding import PromptDecoder, held_out_prompts
 from exitax.evaluate.facts import data_facts, machine_facts, model_facts
@@ -20,7 +20,14 @@ from exitax.evaluate.speed import SpeedReport, measure_speed
 from exitax.evaluate.thresholds import oracle_score, threshold_rows
 from exitax.evaluate.token_table import TokenTable, token_table
 from exitax.objectives import ExitScore
-from exitax.parallel import MeshConfig, ShardingRules, current_rules, make_mesh, use
+from exitax.parallel import (
+  MeshConfig,
+  ShardingRules,
+  batch_blocks,
+  current_rules,
+  make_mesh,
+  use,
+)
 
 
 def evaluate(
@@ -112,8 +119,9 @@ def _table(
   rules: ShardingRules,
   progress: Progress,
 ) -> TokenTable:
-  shard = Shard(jax.process_index(), jax.process_count())
-  loader = data.eval_loader(shard, max_rows=config.rows)
+  blocks = batch_blocks(mesh, rules)
+  shards = shards_of_blocks(blocks.own, blocks.total)
+  loader = data.eval_loader(shards, max_rows=config.rows)
   return token_table(
     loaded.model,
     loaded.params,
