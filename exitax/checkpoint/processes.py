@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from exitax import parallel
 from exitax.checkpoint.errors import CheckpointError
+from exitax.parallel import from_main_process as from_main_process
 
 
 def is_main_process() -> bool:
@@ -15,28 +15,10 @@ def is_main_process() -> bool:
 
 
 def raise_together(error: BaseException | None) -> None:
-  """Raises in every process when any process has an error; otherwise acts as a barrier.
-
-  A process that failed alone would leave the others waiting for it in the next collective.
+  """Raises in every process when any process has an error: see `parallel.raise_together`.
 
   Raises:
     BaseException: this process's own `error`.
     CheckpointError: another process has an error; names that process.
   """
-  if jax.process_count() > 1:
-    failed = multihost_utils.process_allgather(np.asarray(error is not None))
-    culprits = np.flatnonzero(np.ravel(failed))
-    if error is None and culprits.size:
-      raise CheckpointError(
-        f'process {culprits[0]} of {jax.process_count()} failed in its part of the checkpoint: '
-        'see the message of that process'
-      )
-  if error is not None:
-    raise error
-
-
-def from_main_process(value: int) -> int:
-  """Process 0's value of a 32-bit integer, in every process."""
-  if jax.process_count() == 1:
-    return value
-  return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+  parallel.raise_together(error, part='its part of the checkpoint', kind=CheckpointError)

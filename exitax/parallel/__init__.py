@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from exitax.parallel.agreement import (
+  any_process,
+  check_same,
+  do_together,
+  fetch,
+  from_main_process,
+  raise_together,
+)
+from exitax.parallel.batch_blocks import BatchBlocks, batch_blocks
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.collectives import Collective, collectives_in
 from exitax.parallel.constraint import constrain, current_rules, per_shard, shards_of, use
@@ -91,6 +100,15 @@ __all__ = [
   'shard_batch',
   'shardings_like',
   'tree_shardings',
+  # Several processes.
+  'BatchBlocks',
+  'any_process',
+  'batch_blocks',
+  'check_same',
+  'do_together',
+  'fetch',
+  'from_main_process',
+  'raise_together',
   # Pipeline.
   'Keep',
   'PipelineResult',

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from exitax.errors import UserError
+from exitax.parallel.batch_blocks import BatchBlocks, batch_blocks
 from exitax.parallel.rules import ShardingRules, logical_to_spec, spec_for_shape
 
 PyTree = Any
@@ -112,14 +112,15 @@ def shardings_like(state_shape: PyTree, params_shape: PyTree, params_shardings: 
 def shard_batch(batch: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
   """Global arrays from this process's rows; `batch` leaves are `[batch, length, ...]` NumPy.
 
-  With several processes each passes its own rows, and the global batch is all of them in the
-  order of the mesh's data axis. Processes that share a data coordinate (they differ in pipeline
-  or tensor only) must pass the same rows.
+  With several processes each passes the rows of its `batch_blocks`, one block after the other, so
+  processes that share a data coordinate (they differ in pipeline or tensor only) pass the same
+  rows. The row order of the global batch does not depend on the number of processes.
 
   Raises:
     UserError: the rows of this process do not spread evenly over its share of the data axis.
   """
-  return jax.tree.map(lambda leaf: _shard_rows(np.asarray(leaf), mesh, rules), batch)
+  blocks = batch_blocks(mesh, rules)
+  return jax.tree.map(lambda leaf: _shard_rows(np.asarray(leaf), mesh, rules, blocks), batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -133,32 +134,34 @@ def _quick_to_compile(mesh: Mesh) -> dict[str, int]:
   return {'xla_backend_optimization_level': 1} if on_cpu else {}
 
 
-def _shard_rows(rows: np.ndarray, mesh: Mesh, rules: ShardingRules) -> jax.Array:
+def _shard_rows(
+  rows: np.ndarray, mesh: Mesh, rules: ShardingRules, blocks: BatchBlocks
+) -> jax.Array:
   axes = ('batch', 'length')[: rows.ndim] + (None,) * max(0, rows.ndim - 2)
   sharding = NamedSharding(mesh, logical_to_spec(axes, rules))
-  if rows.ndim:
-    _check_rows(rows.shape[0], mesh, rules.mesh_axes('batch'))
-  return jax.make_array_from_process_local_data(sharding, rows)
+  if not rows.ndim:
+    return jax.make_array_from_callback((), sharding, lambda index: rows[index])
+  _check_rows(rows.shape[0], mesh, rules.mesh_axes('batch'), blocks)
+  size = rows.shape[0] // len(blocks.own)
+  shape = (size * blocks.total, *rows.shape[1:])
+
+  def of_device(index: tuple[slice, ...]) -> np.ndarray:
+    first = index[0].start or 0
+    if index[0].stop is None:  # All rows, which this process then has.
+      return rows[index]
+    here = blocks.own.index(first // size) * size
+    return rows[(slice(here, here + size), *index[1:])]
+
+  return jax.make_array_from_callback(shape, sharding, of_device)
 
 
-def _check_rows(num_rows: int, mesh: Mesh, mesh_axes: tuple[str, ...]) -> None:
-  shards = _local_shards(mesh, mesh_axes)
-  if num_rows == 0 or num_rows % shards:
+def _check_rows(num_rows: int, mesh: Mesh, mesh_axes: tuple[str, ...], blocks: BatchBlocks) -> None:
+  if num_rows == 0 or num_rows % len(blocks.own):
     sizes = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in mesh_axes)
-    total = math.prod(mesh.shape[axis] for axis in mesh_axes)
-    processes = total // shards
+    batch_size = num_rows * blocks.total // len(blocks.own)
     raise UserError(
-      f'{sizes} does not divide batch_size={num_rows * processes}: choose a multiple of {total}'
+      f'{sizes} does not divide batch_size={batch_size}: choose a multiple of {blocks.total}'
     )
-
-
-def _local_shards(mesh: Mesh, mesh_axes: tuple[str, ...]) -> int:
-  """How many different coordinates along `mesh_axes` this process's devices have."""
-  dims = [mesh.axis_names.index(axis) for axis in mesh_axes]
-  coordinates = np.argwhere(
-    np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
-  )
-  return len({tuple(coordinate[dims]) for coordinate in coordinates})
 
 
 def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -12,17 +12,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, write_model
-from exitax.data import Data, Shard, build_data, check_tokenizer
+from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, read_model
+from exitax.data import Data, build_data, check_tokenizer, shards_of_blocks
 from exitax.errors import UserError
 from exitax.models import ExitLM, Remat
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
-from exitax.parallel import PIPELINE_AXIS, count_flops, make_mesh, shard_batch, use
+from exitax.parallel import (
+  PIPELINE_AXIS,
+  any_process,
+  batch_blocks,
+  check_same,
+  count_flops,
+  do_together,
+  fetch,
+  from_main_process,
+  make_mesh,
+  shard_batch,
+  use,
+)
 from exitax.training.config import RunConfig
 from exitax.training.display import Display, QuietDisplay
 from exitax.training.health import DivergenceError, HealthBounds, largest_rms
-from exitax.training.interrupt import StopSignal
+from exitax.training.interrupt import AgreedStop, StopSignal
 from exitax.training.metrics import FileMetricsWriter, MetricsWriter
+from exitax.training.model_dir import prepare_model_dir
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
 from exitax.training.pipeline import PipelinedObjective
 from exitax.training.profiler import ProfilerWindow
@@ -66,12 +79,17 @@ def train(
     UserError: a configuration, data or checkpoint that does not fit; divergence.
   """
   display = display or QuietDisplay()
-  data = build_data(config.data)
+  data = do_together(lambda: build_data(config.data), part='reading its data')
+  check_same(
+    data.digest,
+    name='the data (texts, split and tokenizer)',
+    fix='all hosts need the same files and the same release of Python',
+  )
   _check_vocabulary(config, data)
   mesh = make_mesh(config.mesh)
   with use(mesh, config.sharding), StopSignal() as stop:
     trainer = _Trainer(config, Path(model_dir), data, mesh, display)
-    return trainer.run(stop)
+    return trainer.run(AgreedStop(stop, mesh))
 
 
 class _Trainer:
@@ -89,9 +107,10 @@ class _Trainer:
     self._schedule = learning_rate_schedule(config.optimizer, train_steps=self._loop.train_steps)
     self._optimizer = make_optimizer(config.optimizer, self._schedule)
     self._data = data
-    shard = Shard(jax.process_index(), jax.process_count())
-    self._loader = data.train_loader(shard)
-    self._eval_loader = data.eval_loader(shard, max_rows=self._loop.eval_rows)
+    blocks = batch_blocks(mesh, config.sharding)
+    shards = shards_of_blocks(blocks.own, blocks.total)
+    self._loader = data.train_loader(shards)
+    self._eval_loader = data.eval_loader(shards, max_rows=self._loop.eval_rows)
     self._pipeline = self._pipelined_objective()
     value_and_grad = self._pipeline.value_and_grad if self._pipeline else None
     step = self._make_step(self._model, value_and_grad)
@@ -110,10 +129,8 @@ class _Trainer:
     self._scored_step = -1
     self._saved_step = -1
 
-  def run(self, stop: StopSignal) -> TrainResult:
+  def run(self, stop: AgreedStop) -> TrainResult:
     state, first_step = self._start()
-    if jax.process_index() == 0:
-      write_model(self._model_dir, self._config.model, self._data.tokenizer)
     with self._manager, _metrics_writer(self._model_dir, first_step) as writer:
       self._display.begin(
         step=first_step,
@@ -162,12 +179,13 @@ class _Trainer:
 
   def _start(self) -> tuple[TrainState, int]:
     """State and step to go on from: see the restore order of `train`."""
-    latest = self._manager.latest_step()
+    latest = self._latest_step()
     rules = self._config.sharding
     if latest is not None:
-      self._check_model_dir()
+      # Before reading arrays, so that a changed configuration is named by its field.
+      prepare_model_dir(self._model_dir, self._config.model, self._data.tokenizer)
       abstract = abstract_state(self._model, self._optimizer, self._mesh, rules)
-      restored = self._manager.restore(abstract)
+      restored = self._manager.restore(abstract, step=latest)
       self._loader.set_state(dict(restored.extras['data']))
       self._saved_step = latest
       self._display.message(f'resuming from step {latest} in {self._model_dir}')
@@ -175,34 +193,38 @@ class _Trainer:
     key = jax.random.key(self._loop.seed)
     state = init_state(self._model, self._optimizer, key, self._mesh, rules)
     if self._loop.initial_checkpoint:
-      source = load_model(self._loop.initial_checkpoint, mesh=self._mesh, rules=rules)
+      path = self._loop.initial_checkpoint
+      do_together(lambda: read_model(path), part=f'reading initial_checkpoint={path}')
+      source = load_model(path, mesh=self._mesh, rules=rules)
       check_tokenizer(
         self._data.tokenizer,
         expected_digest=source.tokenizer.digest,
-        where=self._loop.initial_checkpoint,
+        where=path,
       )
       same = jax.tree.map(np.shape, source.params) == jax.tree.map(np.shape, state.params)
       if not same:
         raise UserError(
-          f'initial_checkpoint={self._loop.initial_checkpoint} holds a model of another shape: '
+          f'initial_checkpoint={path} holds a model of another shape: '
           'use its ModelConfig, or train from scratch'
         )
       state = dataclasses.replace(state, params=source.params)
+    prepare_model_dir(self._model_dir, self._config.model, self._data.tokenizer)
     return state, 0
 
-  def _check_model_dir(self) -> None:
-    # Before reading arrays, so that a changed configuration is named by its field.
-    write_model(self._model_dir, self._config.model, self._data.tokenizer)
+  def _latest_step(self) -> int | None:
+    """The newest checkpoint as process 0 sees it, in every process."""
+    latest = from_main_process(-1 if (step := self._manager.latest_step()) is None else step)
+    return None if latest < 0 else latest
 
   def _steps(
-    self, state: TrainState, step: int, writer: MetricsWriter, stop: StopSignal
+    self, state: TrainState, step: int, writer: MetricsWriter, stop: AgreedStop
   ) -> tuple[TrainState, int]:
     loop = self._loop
     throughput: Throughput | None = None
     pending: list[StepMetrics] = []
     timed = 0
     batch: Any = None
-    while step < loop.train_steps and not stop.requested:
+    while step < loop.train_steps and not stop.reached():
       batch = shard_batch(next(self._loader), self._mesh, self._config.sharding)
       self._profiler.before(step)
       if throughput is None:
@@ -247,9 +269,9 @@ class _Trainer:
     writer: MetricsWriter,
   ) -> None:
     """Writes the mean of the steps since the last report; stops if one of them diverged."""
-    fetched = jax.device_get(pending)
-    for offset, metrics in enumerate(fetched, start=step - len(fetched) + 1):
-      self._stop_if(self._bounds.problem_in_step(metrics), offset)
+    fetched = fetch(pending)
+    problems = enumerate(map(self._bounds.problem_in_step, fetched), step - len(fetched) + 1)
+    self._stop_if(*next(((text, at) for at, text in problems if text), (None, step)))
     sums = add_sums(metrics.sums for metrics in fetched)
     scores = exit_scores(self._model, sums, bytes_per_token=self._data.stats.train.bytes_per_target)
     values = _score_metrics('train', scores)
@@ -264,14 +286,15 @@ class _Trainer:
 
   def _check_parameters(self, state: TrainState, step: int, batch: Any) -> None:
     """Stops before parameters are saved that the step's own numbers, made before it, say nothing of."""
-    sums, rms = jax.device_get((self._score(state.params, batch), self._largest_rms(state.params)))
+    sums, rms = fetch((self._score(state.params, batch), self._largest_rms(state.params)))
     self._stop_if(self._bounds.problem_in_parameters(sums, float(rms)), step)
 
   def _stop_if(self, problem: str | None, step: int) -> None:
-    if problem is None:
+    # The numbers are the same in every process, or should be: none may stop alone.
+    if not any_process(problem is not None):
       return
     self._manager.wait()
-    good = self._manager.latest_step()
+    good = self._latest_step()
     where = (
       'no checkpoint was written yet' if good is None else f'last good checkpoint: step {good}'
     )
@@ -282,7 +305,7 @@ class _Trainer:
 
   def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> None:
     batches = (shard_batch(batch, self._mesh, self._config.sharding) for batch in self._eval_loader)
-    sums = add_sums(jax.device_get(self._score(state.params, batch)) for batch in batches)
+    sums = add_sums(fetch(self._score(state.params, batch)) for batch in batches)
     self._scores = exit_scores(
       self._model, sums, bytes_per_token=self._data.stats.held_out.bytes_per_target
     )
