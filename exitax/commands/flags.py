@@ -10,7 +10,8 @@ import jax
 
 from exitax.commands import gin_config
 from exitax.data import cache_root
-from exitax.parallel import emulate_devices
+from exitax.errors import UserError
+from exitax.parallel import ProcessConfig, emulate_devices
 
 
 def add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,58 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     metavar='N',
     help='split the CPU into N devices, to try a mesh on a laptop',
   )
+
+
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+  """Which of several processes this one is; jax's own names."""
+  group = parser.add_argument_group(
+    'several hosts', 'the same command on every host, with another --process_id on each'
+  )
+  group.add_argument(
+    '--coordinator_address', metavar='HOST:PORT', help='host of process 0 and a free port on it'
+  )
+  group.add_argument('--num_processes', type=int, metavar='N', help='processes of the run')
+  group.add_argument('--process_id', type=int, metavar='I', help='this one, 0 to N-1')
+  group.add_argument(
+    '--multihost',
+    action='store_true',
+    help='in place of these three: ask the cluster (SLURM, a TPU pod, Open MPI)',
+  )
+  group.add_argument(
+    '--roll_call_seconds',
+    type=float,
+    default=300.0,
+    metavar='S',
+    help='how long to wait for all processes before naming those that are missing',
+  )
+  group.add_argument(
+    '--heartbeat_timeout_seconds',
+    type=int,
+    default=100,
+    metavar='S',
+    help='end the run when a process has given no sign of life for so long',
+  )
+
+
+def process_config(flags: argparse.Namespace) -> ProcessConfig | None:
+  """This process's place among several; None where the run has one process.
+
+  Raises:
+    UserError: some of the flags without the others, or out of range.
+  """
+  config = ProcessConfig(
+    coordinator_address=flags.coordinator_address,
+    num_processes=flags.num_processes,
+    process_id=flags.process_id,
+    roll_call_seconds=flags.roll_call_seconds,
+    heartbeat_seconds=flags.heartbeat_timeout_seconds,
+  )
+  if flags.multihost and config.coordinator_address is not None:
+    raise UserError(
+      '--multihost asks the cluster for what --coordinator_address says: give one of them'
+    )
+  several = flags.multihost or config.num_processes not in (None, 1)
+  return config if several else None
 
 
 def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:

@@ -178,6 +178,12 @@ def build(kind: Callable[..., Built]) -> Built:
     raise _translate(error, ()) from None
 
 
+def operative_lines() -> list[str]:
+  """Everything that was in force, one line 'name = value' each, without comments."""
+  text = gin.operative_config_str(max_line_length=1 << 20)
+  return [line for line in text.splitlines() if line and not line.startswith('#')]
+
+
 def _is_required(macro: str) -> bool:
   try:
     # A constant comes back as the reference `%gin.REQUIRED`.

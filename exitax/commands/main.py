@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from exitax.commands.ending import report
 from exitax.errors import UserError
 
 # Name -> one line of help; the module of the same name is imported only when it is run.
@@ -21,7 +22,6 @@ COMMANDS = {
   'plan': 'compile a training step for a TPU slice that is not here; what fits, and how fast',
   'inspect': 'print the table of parameters: shapes, logical axes, mesh axes, bytes per device',
 }
-USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -30,17 +30,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   _quieten_libraries()
   try:
     sys.exit(_run(arguments))
-  except UserError as error:
-    # Configuration libraries append lines of their own to a message: the first is ours.
-    print(f'exitax: {str(error).strip().splitlines()[0]}', file=sys.stderr)
-    sys.exit(USAGE_ERROR)
-  except BrokenPipeError:
-    # The reader (such as `head`) has what it wanted.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
-  except KeyboardInterrupt:
-    print('exitax: interrupted', file=sys.stderr)
-    sys.exit(130)
+  except (UserError, BrokenPipeError, KeyboardInterrupt) as error:
+    sys.exit(report(error))
 
 
 def _run(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@
 
 MODEL_DIR receives config.gin (everything that was in force), model-info.txt (the table of
 parameters), model.json and tokenizer/, checkpoints/, metrics.jsonl and tensorboard/.
-SIGTERM or Ctrl-C saves and exits 0.
+SIGTERM or Ctrl-C saves and exits 0, on all hosts if one of several is told so.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ import dataclasses
 from pathlib import Path
 
 import gin
+import jax
 from exitax.checkpoint import write_bytes_atomic
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.hosts import joined_hosts
 from exitax.commands.inspect import describe
 from exitax.errors import UserError
-from exitax.training import ConsoleDisplay, RunConfig, TrainResult, train
+from exitax.training import (
+  ConsoleDisplay,
+  Display,
+  QuietDisplay,
+  RunConfig,
+  TrainResult,
+  train,
+)
 
 CONFIG_FILE = 'config.gin'
 INFO_FILE = 'model-info.txt'
@@ -50,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)
+  flag_groups.add_host_flags(parser)
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -59,19 +69,30 @@ def run(flags: argparse.Namespace) -> int:
     raise UserError('train needs a run: --gin_file=gin/runs/quickstart.gin')
   flag_groups.parse_gin(flags, bind_model_dir=True)
   command = gin_config.build(TrainCommand)
-  with ConsoleDisplay() as display:
-    if flags.dry_run:
-      display.message(describe(command.run))
-      return 0
-    result = launch(command, display)
-  if not result.finished:
-    print(f'stopped at step {result.step}: the same command resumes', flush=True)
+  with joined_hosts(flags, gin_config.operative_lines()):
+    _run(command, dry_run=flags.dry_run)
   return 0
 
 
-def launch(command: TrainCommand, display: ConsoleDisplay) -> TrainResult:
-  """Writes the run's description into its directory, then trains."""
+def _run(command: TrainCommand, *, dry_run: bool) -> None:
+  if jax.process_index():
+    # Process 0 speaks for all.
+    if not dry_run:
+      launch(command, QuietDisplay())
+    return
+  with ConsoleDisplay() as display:
+    if dry_run:
+      display.message(describe(command.run))
+      return
+    result = launch(command, display)
+  if not result.finished:
+    print(f'stopped at step {result.step}: the same command resumes', flush=True)
+
+
+def launch(command: TrainCommand, display: Display) -> TrainResult:
+  """Writes the run's description into its directory (process 0 does), then trains."""
   directory = Path(command.model_dir)
-  write_bytes_atomic(directory / CONFIG_FILE, gin.operative_config_str(100).encode())
-  write_bytes_atomic(directory / INFO_FILE, (describe(command.run) + '\n').encode())
+  if jax.process_index() == 0:
+    write_bytes_atomic(directory / CONFIG_FILE, gin.operative_config_str(100).encode())
+    write_bytes_atomic(directory / INFO_FILE, (describe(command.run) + '\n').encode())
   return train(command.run, directory, display=display)

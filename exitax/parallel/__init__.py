@@ -14,6 +14,7 @@ from exitax.parallel.batch_blocks import BatchBlocks, batch_blocks
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.collectives import Collective, collectives_in
 from exitax.parallel.constraint import constrain, current_rules, per_shard, shards_of, use
+from exitax.parallel.distributed import ProcessConfig, join_processes, leave
 from exitax.parallel.emulation import COLLECTIVES_IN_ORDER, emulate_devices
 from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
 from exitax.parallel.mesh import (
@@ -42,6 +43,7 @@ from exitax.parallel.report import (
   render_report,
 )
 from exitax.parallel.residuals import residuals_of
+from exitax.parallel.roll_call import hold_roll_call
 from exitax.parallel.rules import (
   LogicalAxes,
   ParameterSharding,
@@ -102,12 +104,16 @@ __all__ = [
   'tree_shardings',
   # Several processes.
   'BatchBlocks',
+  'ProcessConfig',
   'any_process',
   'batch_blocks',
   'check_same',
   'do_together',
   'fetch',
   'from_main_process',
+  'hold_roll_call',
+  'join_processes',
+  'leave',
   'raise_together',
   # Pipeline.
   'Keep',

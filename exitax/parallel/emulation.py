@@ -22,10 +22,15 @@ def emulate_devices(num_devices: int) -> None:
   """
   if num_devices < 1:
     raise UserError(f'--emulate_devices={num_devices} must be at least 1')
-  flags = os.environ.get('XLA_FLAGS', '')
-  if COLLECTIVES_IN_ORDER.partition('=')[0] not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {COLLECTIVES_IN_ORDER}'.strip()
+  keep_collectives_in_order()
   # pyright does not know the attribute: jax makes it when it is imported.
   if jax.config.jax_num_cpu_devices != num_devices:  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', num_devices)
+
+
+def keep_collectives_in_order() -> None:
+  """For CPU devices, of one process or several: see `COLLECTIVES_IN_ORDER`; others ignore it."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  if COLLECTIVES_IN_ORDER.partition('=')[0] not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {COLLECTIVES_IN_ORDER}'.strip()

@@ -145,7 +145,7 @@ def _shard_rows(
   size = rows.shape[0] // len(blocks.own)
   shape = (size * blocks.total, *rows.shape[1:])
 
-  def of_device(index: tuple[slice, ...]) -> np.ndarray:
+  def of_device(index: Any) -> np.ndarray:
     first = index[0].start or 0
     if index[0].stop is None:  # All rows, which this process then has.
       return rows[index]
