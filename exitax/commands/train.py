@@ -14,8 +14,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import gin
 import jax
+
+import gin
 from exitax.checkpoint import write_bytes_atomic
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
