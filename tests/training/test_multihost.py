@@ -1,0 +1,204 @@
+"""Several processes train one model: told to stop, killed, started again in another number."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from exitax import checkpoint, parallel, training
+
+PROGRAM = Path(__file__).with_name('host_run.py')
+STEPS = 12
+# Far below the heartbeat's timeout: those who are left notice by themselves.
+NOTICE_SECONDS = 60
+
+
+class Host:
+  """One process of a run; its output is read as it comes."""
+
+  def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    self.process = subprocess.Popen(
+      command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    self.lines: list[str] = []
+    self.errors: list[str] = []
+    self._readers = [
+      threading.Thread(target=self._read, args=(self.process.stdout, self.lines)),
+      threading.Thread(target=self._read, args=(self.process.stderr, self.errors)),
+    ]
+    for reader in self._readers:
+      reader.start()
+
+  def wait_for(self, line: str, seconds: float = 240) -> None:
+    """Until it has printed a line that starts so."""
+    deadline = time.monotonic() + seconds
+    while not any(got.startswith(line) for got in list(self.lines)):
+      assert time.monotonic() < deadline and self.process.poll() is None, self.told()
+      time.sleep(0.02)
+
+  def end(self, seconds: float = 240) -> int:
+    """Its exit status."""
+    status = self.process.wait(timeout=seconds)
+    for reader in self._readers:
+      reader.join()
+    return status
+
+  def told(self) -> str:
+    return '\n'.join([*self.lines[-20:], *self.errors[-20:]])
+
+  def losses(self) -> dict[int, float]:
+    values = [json.loads(x.split(' ', 1)[1]) for x in self.lines if x.startswith('metrics')]
+    return {value['step']: value['loss'] for value in values}
+
+  def _read(self, stream, lines: list[str]) -> None:
+    with stream:
+      for line in stream:
+        lines.append(line.rstrip('\n'))
+
+
+Start = Callable[..., list[Host]]
+
+
+@pytest.fixture
+def start(subprocess_env: dict[str, str]) -> Iterator[Start]:
+  """Starts processes of the tiny run; none is left behind."""
+  hosts: list[Host] = []
+
+  def begin(model_dir: Path, *, processes: int, devices: int, mesh: str, **flags) -> list[Host]:
+    with socket.socket() as probe:
+      probe.bind(('localhost', 0))
+      port = probe.getsockname()[1]
+    command = [
+      sys.executable,
+      str(PROGRAM),
+      str(model_dir),
+      f'--mesh={mesh}',
+      f'--emulate_devices={devices}',
+      *(f'--{name}={value}' for name, value in flags.items()),
+    ]
+    places = [
+      [
+        f'--coordinator_address=localhost:{port}',
+        f'--num_processes={processes}',
+        f'--process_id={i}',
+      ]
+      for i in range(processes)
+    ]
+    new = [Host([*command, *(place if processes > 1 else [])], subprocess_env) for place in places]
+    hosts.extend(new)
+    return new
+
+  yield begin
+  for host in hosts:
+    host.process.kill()
+    host.end()
+
+
+@pytest.fixture(scope='module')
+def host_run() -> ModuleType:
+  spec = importlib.util.spec_from_file_location('host_run', PROGRAM)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _params(model_dir: Path):
+  mesh = parallel.make_mesh(parallel.MeshConfig(), jax.devices()[:1])
+  loaded = checkpoint.load_model(model_dir, mesh=mesh, rules=parallel.ShardingRules())
+  return loaded.step, loaded.params
+
+
+def _finish(hosts: list[Host]) -> None:
+  for host in hosts:
+    assert host.end() == 0, host.told()
+    assert host.lines[-1] == f'done {STEPS}'
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_killed_or_told_to_stop_two_processes_go_on_as_if_nothing_had_been(
+  start: Start, tmp_path: Path
+) -> None:
+  run = {'processes': 2, 'devices': 2, 'mesh': '2,1,2'}
+  straight = start(tmp_path / 'straight', **run)
+  _finish(straight)
+  assert 'start 2 4' in straight[1].lines
+  assert len(straight[0].losses()) == STEPS
+
+  # The last process dies without a word, after the checkpoint of step 3 at the earliest.
+  killed = start(tmp_path / 'killed', pause=0.3, **run)
+  killed[1].wait_for('step 5')
+  os.kill(killed[1].process.pid, signal.SIGKILL)
+  assert killed[0].end(NOTICE_SECONDS) == 1, killed[0].told()
+  assert any('another host is gone' in line for line in killed[0].errors), killed[0].told()
+  saved = checkpoint.CheckpointManager(checkpoint.checkpoints_directory(tmp_path / 'killed'))
+  assert saved.latest_step() in (3, 6)
+  killed = start(tmp_path / 'killed', **run)
+  _finish(killed)
+  assert 1 not in killed[0].losses()
+
+  # One process is told to stop: both do, at the same step. One process alone goes on.
+  stopped = start(tmp_path / 'stopped', pause=0.1, **run)
+  stopped[1].wait_for('step 4')
+  os.kill(stopped[1].process.pid, signal.SIGTERM)
+  assert [host.end() for host in stopped] == [0, 0], stopped[0].told()
+  assert stopped[0].lines[-1] == stopped[1].lines[-1]
+  word, step = stopped[0].lines[-1].split()
+  assert word == 'stopped' and 4 <= int(step) < STEPS
+  assert _params(tmp_path / 'stopped')[0] == int(step)
+  alone = start(tmp_path / 'stopped', processes=1, devices=4, mesh='2,1,2')
+  _finish(alone)
+
+  wanted = _params(tmp_path / 'straight')
+  assert wanted[0] == STEPS
+  jax.tree.map(np.testing.assert_array_equal, _params(tmp_path / 'killed'), wanted)
+  # In one process XLA's own collectives take the place of gloo's: the same rows, and sums whose
+  # order may differ.
+  losses = alone[0].losses()
+  assert list(losses) == list(range(int(step) + 1, STEPS + 1))
+  for at, loss in losses.items():
+    assert loss == pytest.approx(straight[0].losses()[at], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_four_processes_that_share_data_and_stages_train_as_one(
+  start: Start, host_run: ModuleType, tmp_path: Path
+) -> None:
+  """Data 2 x pipeline 2 x tensor 2: each pair of processes loads the same rows."""
+  hosts = start(tmp_path / 'four', processes=4, devices=2, mesh='2,2,2', train_steps=4, pause=0)
+  config = host_run.make_config(tmp_path, (2, 2, 2), train_steps=4)
+  alone = training.train(config, tmp_path / 'alone')
+  for host in hosts:
+    assert host.end() == 0, host.told()
+    assert 'start 4 8' in host.lines
+    assert host.lines[-1] == 'done 4'
+  lines = {
+    name: [line for line in training.read_metrics(tmp_path / name) if 'train/loss' in line]
+    for name in ('four', 'alone')
+  }
+  assert [line['step'] for line in lines['four']] == [1, 2, 3, 4]
+  for four, one in zip(lines['four'], lines['alone'], strict=True):
+    for name in ('train/loss', 'gradient_norm', 'train/exit_1/nll', 'train/final/accuracy'):
+      assert four[name] == pytest.approx(one[name], rel=2e-5), (name, four['step'])
+  step, params = _params(tmp_path / 'four')
+  assert step == 4
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5),
+    params,
+    jax.device_get(alone.params),
+  )
