@@ -27,6 +27,8 @@ from exitax.checkpoint.store import save_arrays
 
 _logger = logging.getLogger('exitax.checkpoint')
 _DEFAULT_CONFIG = CheckpointConfig()
+# How long a process that fails waits for a save that may wait for a process that is gone.
+_PATIENCE_SECONDS = 10.0
 
 
 class CheckpointManager:
@@ -133,8 +135,14 @@ class CheckpointManager:
   ) -> None:
     if error is None:
       self.close()
-    elif failure := self._join():
-      # Another exception is on its way, and other processes may not come to a barrier any more.
+      return
+    # Another exception is on its way, and other processes may not come to a barrier any more.
+    if self._thread is not None and jax.process_count() > 1:
+      self._thread.join(_PATIENCE_SECONDS)
+      if self._thread.is_alive():
+        _logger.error('the save under way was given up: it waits for another process')
+        return
+    if failure := self._join():
       _logger.error('%s', failure)
 
   # Looking

@@ -38,6 +38,14 @@ def test_hosts_get_as_many_batches_and_their_union_is_the_whole():
   assert list(tokens.reshape(-1, 4)[:7].ravel()) == EVERY_ID
 
 
+def test_a_host_may_have_parts_that_do_not_follow_each_other():
+  whole = list(data.EvalLoader(PARTS, batch_size=4))
+  some = list(data.EvalLoader(PARTS, batch_size=4, shard=data.shards_of_blocks((0, 2), 4)))
+  for batch, part in zip(whole, some, strict=True):
+    np.testing.assert_array_equal(part.tokens, batch.tokens[[0, 2]])
+    np.testing.assert_array_equal(part.weights, batch.weights[[0, 2]])
+
+
 def test_some_rows_are_spread_over_all():
   [batch] = data.EvalLoader(PARTS, batch_size=4, max_rows=3)
   assert list(batch.tokens[:, 0]) == [100, 108, 116, 0]

@@ -114,6 +114,43 @@ def test_hosts_are_disjoint_and_their_union_is_the_whole(count):
   assert len(set(itertools.chain(*one_epoch))) == 18
 
 
+def test_a_host_may_load_parts_that_do_not_follow_each_other():
+  """Blocks 0, 1, 4, 5 and the rest of 8: the same rows as one host alone, each in one place."""
+  whole = _take(_loader(batch_size=16), 5)
+  state = None
+  for own in ((0, 1, 4, 5), (2, 3, 6, 7)):
+    shards = data.shards_of_blocks(own, 8)
+    assert len(shards) == 2
+    loader = _loader(batch_size=16, shard=shards)
+    for step, batch in enumerate(_take(loader, 5)):
+      blocks = np.split(whole[step].tokens, 8)
+      np.testing.assert_array_equal(batch.tokens, np.concatenate([blocks[i] for i in own]))
+    assert state in (None, loader.get_state())
+    state = loader.get_state()
+  alone = _loader(batch_size=16)
+  alone.set_state(state)
+  resumed = _loader(batch_size=16, shard=data.shards_of_blocks((2, 3, 6, 7), 8))
+  resumed.set_state(state)
+  [batch], [part] = _take(alone, 1), _take(resumed, 1)
+  np.testing.assert_array_equal(part.tokens[:4], batch.tokens[4:8])
+  np.testing.assert_array_equal(part.tokens[4:], batch.tokens[12:])
+
+
+@pytest.mark.parametrize(
+  ('own', 'total', 'shards'),
+  [
+    ((0,), 1, [(0, 1)]),
+    ((0, 1, 2, 3), 4, [(0, 1)]),
+    ((2, 3), 4, [(1, 2)]),
+    ((1, 2), 4, [(1, 4), (2, 4)]),
+    ((0, 1), 3, [(0, 3), (1, 3)]),
+    ((4, 5, 6, 7, 12, 13, 14, 15), 16, [(1, 4), (3, 4)]),
+  ],
+)
+def test_blocks_are_put_together_to_shards(own, total, shards):
+  assert data.shards_of_blocks(own, total) == tuple(data.Shard(*shard) for shard in shards)
+
+
 def test_state_moves_to_another_number_of_hosts():
   loader = _loader()
   _take(loader, 3)

@@ -150,6 +150,7 @@ def test_two_processes(subprocess_env):
       assert process.returncode == 0, output
       for sizes in ((4, 1, 1), (2, 1, 2), (1, 1, 4)):
         assert f'mesh {sizes} ok' in output
+      assert 'agreement ok' in output
   finally:
     for process in processes:
       process.kill()

@@ -7,11 +7,14 @@ meshes 'data,pipeline,tensor'.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from exitax import parallel
+from exitax.errors import UserError
+from exitax.parallel import distributed
 
 
 def main() -> None:
@@ -26,6 +29,8 @@ def main() -> None:
     check_init(mesh)
     check_batch(mesh, int(index))
     print(f'mesh {mesh.devices.shape} ok')
+  check_agreement(int(index))
+  print('agreement ok')
 
 
 def check_init(mesh: jax.sharding.Mesh) -> None:
@@ -51,6 +56,41 @@ def check_batch(mesh: jax.sharding.Mesh, index: int) -> None:
   batch = parallel.shard_batch({'tokens': own_rows}, mesh, parallel.ShardingRules())
   assert batch['tokens'].shape == (4, 10)
   assert float(jax.jit(lambda x: (x * x).sum())(batch['tokens'])) == (whole**2).sum()
+
+
+def check_agreement(index: int) -> None:
+  """What one process knows, both learn."""
+  assert [parallel.any_process(flag) for flag in (False, index == 1, True)] == [False, True, True]
+  assert parallel.from_main_process(10 + index) == 10
+  assert parallel.do_together(lambda: index, part='counting') == index
+  mesh = parallel.make_mesh(parallel.MeshConfig(4))
+  spread = parallel.shard_batch(np.arange(2 * index, 2 * index + 2), mesh, parallel.ShardingRules())
+  assert not spread.is_fully_addressable
+  np.testing.assert_array_equal(parallel.fetch({'x': spread})['x'], np.arange(4))
+
+  def fail() -> None:
+    if index == 1:
+      raise UserError('no disk')
+
+  told = message_of(lambda: parallel.do_together(fail, part='its part'))
+  assert told == (
+    'no disk' if index else 'process 1 of 2 failed in its part: see the message of that process'
+  )
+  parallel.check_same('a', name='text', fix='mend it')
+  told = message_of(lambda: parallel.check_same(f'a{index}', name='the text', fix='mend it'))
+  assert told.startswith('the text of process 1 (') and told.endswith(': mend it')
+  distributed._compare(['x = 1'])
+  told = message_of(lambda: distributed._compare(['x = 1', f'y = {"long" * index}']))
+  assert 'y is long on process 1 (' in told
+
+
+def message_of(work: Callable[[], object]) -> str:
+  """What a call complains of."""
+  try:
+    work()
+  except UserError as error:
+    return str(error)
+  raise AssertionError('no error')
 
 
 if __name__ == '__main__':

@@ -73,12 +73,25 @@ class Host:
 Start = Callable[..., list[Host]]
 
 
+def _slurm(task: int, tasks: int) -> dict[str, str]:
+  """What SLURM tells the tasks of a step on this machine."""
+  return {
+    'SLURM_JOB_ID': str(os.getpid()),
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': str(tasks),
+    'SLURM_PROCID': str(task),
+    'SLURM_LOCALID': str(task),
+  }
+
+
 @pytest.fixture
 def start(subprocess_env: dict[str, str]) -> Iterator[Start]:
   """Starts processes of the tiny run; none is left behind."""
   hosts: list[Host] = []
 
-  def begin(model_dir: Path, *, processes: int, devices: int, mesh: str, **flags) -> list[Host]:
+  def begin(
+    model_dir: Path, *, processes: int, devices: int, mesh: str, cluster: str = '', **flags
+  ) -> list[Host]:
     with socket.socket() as probe:
       probe.bind(('localhost', 0))
       port = probe.getsockname()[1]
@@ -139,9 +152,10 @@ def test_killed_or_told_to_stop_two_processes_go_on_as_if_nothing_had_been(
   assert 'start 2 4' in straight[1].lines
   assert len(straight[0].losses()) == STEPS
 
-  # The last process dies without a word, after the checkpoint of step 3 at the earliest.
+  # A process dies without a word: the other ends, and says so.
   killed = start(tmp_path / 'killed', pause=0.3, **run)
-  killed[1].wait_for('step 5')
+  # The save of step 6 waited for the one of step 3.
+  killed[1].wait_for('step 7')
   os.kill(killed[1].process.pid, signal.SIGKILL)
   assert killed[0].end(NOTICE_SECONDS) == 1, killed[0].told()
   assert any('another host is gone' in line for line in killed[0].errors), killed[0].told()
@@ -179,7 +193,10 @@ def test_killed_or_told_to_stop_two_processes_go_on_as_if_nothing_had_been(
 def test_four_processes_that_share_data_and_stages_train_as_one(
   start: Start, host_run: ModuleType, tmp_path: Path
 ) -> None:
-  """Data 2 x pipeline 2 x tensor 2: each pair of processes loads the same rows."""
+  """Data 2 x pipeline 2 x tensor 2: each pair of processes loads the same rows.
+
+  Found by what SLURM says, as in a job step of four tasks.
+  """
   hosts = start(tmp_path / 'four', processes=4, devices=2, mesh='2,2,2', train_steps=4, pause=0)
   config = host_run.make_config(tmp_path, (2, 2, 2), train_steps=4)
   alone = training.train(config, tmp_path / 'alone')
