@@ -88,15 +88,18 @@ def check_same(value: str, *, name: str, fix: str) -> None:
 
 def fetch(tree: Any) -> Any:
   """NumPy values of a tree of arrays that may be spread over processes."""
-  return jax.tree.map(_whole, tree)
+  if jax.process_count() > 1:
+    tree = jax.tree.map(_here, tree)
+  return jax.device_get(tree)
 
 
-def _whole(leaf: Any) -> Any:
-  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    if leaf.is_fully_replicated:
-      return np.asarray(leaf.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-  return jax.device_get(leaf)
+def _here(leaf: Any) -> Any:
+  """All of an array on this process."""
+  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+    return leaf
+  if leaf.is_fully_replicated:
+    return leaf.addressable_data(0)
+  return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _gather(value: np.ndarray) -> np.ndarray:

@@ -277,6 +277,30 @@ def test_another_error_is_not_masked_by_a_failed_save(
   assert 'Input/output error' in caplog.text
 
 
+def test_a_save_that_waits_for_a_lost_process_does_not_hold_an_error_up(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  waiting, lost = threading.Event(), threading.Event()
+
+  def wait_for_all(plan: commit.CommitPlan) -> None:
+    waiting.set()
+    lost.wait(60)
+
+  monkeypatch.setattr(commit, 'write_manifest', wait_for_all)
+  monkeypatch.setattr('exitax.checkpoint.manager._PATIENCE_SECONDS', 0.1)
+  manager = checkpoint.CheckpointManager(tmp_path)
+  with pytest.raises(KeyError), manager:
+    manager.save(1, _small_state(1))
+    saving = manager._thread
+    waiting.wait(60)
+    monkeypatch.setattr('jax.process_count', lambda: 2)
+    raise KeyError('of the caller')
+  assert saving.is_alive()
+  assert 'the save under way was given up' in caplog.text
+  lost.set()
+  saving.join()
+
+
 def test_unfinished_steps_are_noticed_once_and_ignored(
   tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from exitax.training.interrupt import StopSignal
+from exitax import parallel
+from exitax.training.interrupt import AgreedStop, StopSignal
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -42,3 +43,13 @@ def test_other_threads_leave_signals_alone():
   thread.start()
   thread.join()
   assert seen == [(False, before)]
+
+
+@pytest.mark.parametrize(('processes', 'delay'), [(1, 0), (2, 1)])
+def test_a_stop_is_seen_at_once_alone_and_one_step_later_by_several(monkeypatch, processes, delay):
+  monkeypatch.setattr('jax.process_count', lambda: processes)
+  signal = StopSignal()
+  stop = AgreedStop(signal, parallel.make_mesh(parallel.MeshConfig(2, 2, 2)))
+  assert [stop.reached() for _ in range(3)] == [False] * 3
+  signal.requested = True
+  assert [stop.reached() for _ in range(3)] == [False] * delay + [True] * (3 - delay)

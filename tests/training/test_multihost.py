@@ -219,3 +219,16 @@ def test_four_processes_that_share_data_and_stages_train_as_one(
     params,
     jax.device_get(alone.params),
   )
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_all_processes_end_when_the_run_diverges(start: Start, tmp_path: Path) -> None:
+  hosts = start(tmp_path / 'wild', processes=2, devices=1, mesh='2,1,1', learning_rate=1e20)
+  for index, host in enumerate(hosts):
+    # Status 2 of both: neither was ended by the other's leaving.
+    assert host.end() == 2, host.told()
+    prefix = f'exitax: process {index} of 2: ' if index else 'exitax: '
+    [line] = [line for line in host.errors if line.startswith('exitax: ')]
+    assert line.startswith(f'{prefix}training diverged at step '), line
+    assert 'no checkpoint was written yet' in line
