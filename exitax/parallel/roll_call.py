@@ -4,8 +4,8 @@
 0 first listens on the coordinator's own port (jax takes it over afterwards, so one port is all that
 a firewall must let through), the others connect and say who they are, and all get one answer.
 
-A message is `MAGIC`, its length in 4 bytes, and JSON; what does not look like that is dropped, so
-that a port scanner disturbs nobody. As with jax's own service, nothing is encrypted or
+What does not look like a message (see `messages`) is dropped, so that a port scanner disturbs
+nobody. As with jax's own service, nothing is encrypted or
 authenticated: the port belongs into a trusted network.
 """
 
@@ -20,18 +20,14 @@ from collections.abc import Sequence
 
 from exitax.errors import UserError
 from exitax.parallel.attendance import (
-  MAX_CONFIGURATION,
   Entry,
   decode_entry,
   encode_entry,
   make_entry,
   problem_with,
 )
+from exitax.parallel.messages import make_message, take_message
 
-MAGIC = b'exitax roll-call 1\n'
-# JSON may write a character as six.
-MAX_MESSAGE = 6 * MAX_CONFIGURATION + (1 << 16)
-_HEADER = len(MAGIC) + 4
 # How long a stranger may say nothing, and how many may do so at once.
 _SILENT_SECONDS = 10.0
 _MAX_STRANGERS = 64
@@ -117,7 +113,7 @@ class _Guest:
       return False
     self._received += part
     try:
-      content = _take_message(self._received)
+      content = take_message(self._received)
     except ValueError:
       return False
     if content is not None:
@@ -150,7 +146,7 @@ class _Caller:
 
   def answer(self, problem: str | None) -> None:
     """Tells every process, and waits a moment for each to hang up first."""
-    content = _make_message(json.dumps({'problem': problem}).encode())
+    content = make_message(json.dumps({'problem': problem}).encode())
     known = [guest for guest in self.guests if guest.entry is not None]
     for guest in known:
       guest.connection.settimeout(5.0)
@@ -246,10 +242,10 @@ def _ask(own: Entry, place: tuple[str, int], patience: float, seconds: float) ->
     # A busy port of this host may be given to the connection itself.
     if connection.getsockname() == connection.getpeername():
       raise ValueError('nobody listens there')
-    connection.sendall(_make_message(encode_entry(own)))
+    connection.sendall(make_message(encode_entry(own)))
     connection.settimeout(seconds + _SLACK_SECONDS)
     received = b''
-    while (content := _take_message(received)) is None:
+    while (content := take_message(received)) is None:
       part = connection.recv(1 << 16)
       if not part:
         raise ValueError('something there hung up without an answer')
@@ -276,26 +272,3 @@ def _check_name(address: str, seconds: float) -> None:
           f'the name {host!r} ({reason}): correct it, or give the IP address'
         ) from None
     time.sleep(_RETRY_SECONDS)
-
-
-# Messages
-
-
-def _make_message(content: bytes) -> bytes:
-  return MAGIC + len(content).to_bytes(4, 'big') + content
-
-
-def _take_message(received: bytes) -> bytes | None:
-  """The content of a whole message, None while it is not whole.
-
-  Raises:
-    ValueError: this is no message, or one that is too long.
-  """
-  if received[: len(MAGIC)] != MAGIC[: len(received)]:
-    raise ValueError('something else than exitax answers there')
-  if len(received) < _HEADER:
-    return None
-  size = int.from_bytes(received[len(MAGIC) : _HEADER], 'big')
-  if size > MAX_MESSAGE or len(received) > _HEADER + size:
-    raise ValueError('a message there is too long')
-  return received[_HEADER:] if len(received) == _HEADER + size else None

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from exitax.errors import UserError
-from exitax.parallel import attendance, hold_roll_call, roll_call
+from exitax.parallel import attendance, hold_roll_call, messages, roll_call
 
 LINES = ('TRAIN_STEPS = 8', "MODEL_DIR = 'm'", 'jax = 1')
 
@@ -87,7 +87,7 @@ def test_missing_processes_are_named_in_all_that_are_there(port):
 
 def test_a_process_that_ended_while_waiting_is_missing(port):
   entry = attendance.make_entry(process_id=1, num_processes=3, host='h', configuration=LINES)
-  message = roll_call._make_message(attendance.encode_entry(entry))
+  message = messages.make_message(attendance.encode_entry(entry))
 
   def leave_early():
     with _visitor(port, message):
@@ -119,37 +119,37 @@ def test_something_else_listens(port):
 
 def test_differing_lines_are_shown_with_both_values(port):
   other = ('TRAIN_STEPS = 9', "MODEL_DIR = 'm'", 'jax = 1', 'Extra.flag = True')
-  messages = _together(
+  told = _together(
     lambda: _hold(port, 0, num_processes=4),
     lambda: _hold(port, 1, num_processes=4),
     lambda: _hold(port, 2, num_processes=4, lines=other),
     lambda: _hold(port, 3, num_processes=4, lines=other),
   )
   host = socket.gethostname()
-  assert len(set(messages)) == 1
-  assert f'TRAIN_STEPS is 9 on process 2 ({host}) and 8 on process 0 ({host})' in messages[0]
-  assert f'Extra.flag is True on process 2 ({host}) and not set on process 0' in messages[0]
-  assert 'process 3 differ too' in messages[0]
-  assert '\n' not in messages[0]
+  assert len(set(told)) == 1
+  assert f'TRAIN_STEPS is 9 on process 2 ({host}) and 8 on process 0 ({host})' in told[0]
+  assert f'Extra.flag is True on process 2 ({host}) and not set on process 0' in told[0]
+  assert 'process 3 differ too' in told[0]
+  assert '\n' not in told[0]
 
 
 def test_one_number_given_twice(port):
   start = time.monotonic()
-  messages = _together(
+  told = _together(
     lambda: _hold(port, 0, num_processes=3, seconds=60),
     lambda: _hold(port, 1, num_processes=3, seconds=60),
     lambda: _hold(port, 1, num_processes=3, seconds=60),
   )
   assert time.monotonic() - start < 10  # At once: as many have spoken as there should be.
-  assert len(set(messages)) == 1
-  assert messages[0].startswith('process_id=1 was given to 2 processes')
-  assert 'give each its own, 0 to 2' in messages[0]
+  assert len(set(told)) == 1
+  assert told[0].startswith('process_id=1 was given to 2 processes')
+  assert 'give each its own, 0 to 2' in told[0]
 
 
 def test_another_number_of_processes(port):
-  messages = _together(lambda: _hold(port, 0), lambda: _hold(port, 1, num_processes=3))
-  assert messages[0] == messages[1]
-  assert 'was started with num_processes=3, process 0' in messages[0]
+  told = _together(lambda: _hold(port, 0), lambda: _hold(port, 1, num_processes=3))
+  assert told[0] == told[1]
+  assert 'was started with num_processes=3, process 0' in told[0]
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_another_number_of_processes(port):
   [
     b'GET / HTTP/1.1\r\n\r\n',
     b'',
-    roll_call.MAGIC + b'\xff\xff\xff\xff' + b'x' * 1000,
-    roll_call._make_message(b'no json'),
-    roll_call._make_message(b'[' * 100000),
-    roll_call._make_message(json.dumps({'process_id': 1}).encode()),
-    roll_call._make_message(
+    messages.MAGIC + b'\xff\xff\xff\xff' + b'x' * 1000,
+    messages.make_message(b'no json'),
+    messages.make_message(b'[' * 100000),
+    messages.make_message(json.dumps({'process_id': 1}).encode()),
+    messages.make_message(
       json.dumps(
         {
           'process_id': 'one',
@@ -172,7 +172,7 @@ def test_another_number_of_processes(port):
         }
       ).encode()
     ),
-    roll_call._make_message(b'{}') + b'more',
+    messages.make_message(b'{}') + b'more',
   ],
 )
 def test_strangers_disturb_nobody(port, content):
@@ -185,8 +185,8 @@ def test_strangers_disturb_nobody(port, content):
       else:
         time.sleep(1)
 
-  messages = _together(lambda: _hold(port, 0), come_and_stay, lambda: _hold(port, 1, delay=0.5))
-  assert messages == [None, None, None]
+  told = _together(lambda: _hold(port, 0), come_and_stay, lambda: _hold(port, 1, delay=0.5))
+  assert told == [None, None, None]
 
 
 def test_a_crowd_of_silent_strangers_is_sent_away(port):
@@ -196,8 +196,8 @@ def test_a_crowd_of_silent_strangers_is_sent_away(port):
         stack.enter_context(_visitor(port))
       time.sleep(0.5)
 
-  messages = _together(lambda: _hold(port, 0), crowd, lambda: _hold(port, 1, delay=0.4))
-  assert messages == [None, None, None]
+  told = _together(lambda: _hold(port, 0), crowd, lambda: _hold(port, 1, delay=0.4))
+  assert told == [None, None, None]
 
 
 def test_a_taken_port_is_named(port):
@@ -250,7 +250,7 @@ def test_long_values_are_shown_where_they_differ():
 def test_differences_beyond_what_is_sent_are_still_found():
   lines = [f'line{i} = {"v" * 1000}' for i in range(500)]
   sent = _entry(0, lines=[*lines, 'last = 1'])
-  assert len(attendance.encode_entry(sent)) < roll_call.MAX_MESSAGE
+  assert len(attendance.encode_entry(sent)) < messages.MAX_MESSAGE
   assert len(sent.configuration) < len(lines)
   assert 'lines beyond those compared' in _problem(sent, _entry(1, lines=[*lines, 'last = 2']))
   assert _problem(sent, _entry(1, lines=[*lines, 'last = 1'])) is None

@@ -56,6 +56,7 @@ def main() -> None:
   parser.add_argument('model_dir', type=Path)
   parser.add_argument('--mesh', required=True)
   parser.add_argument('--train_steps', type=int, default=12)
+  parser.add_argument('--checkpoint_period', type=int, default=3)
   parser.add_argument('--pause', type=float, default=0.0)
   parser.add_argument('--learning_rate', type=float, default=1e-2)
   flag_groups.add_device_flags(parser)
@@ -63,7 +64,12 @@ def main() -> None:
   flags = parser.parse_args()
   flag_groups.start_jax(flags)
   mesh = tuple(int(size) for size in flags.mesh.split(','))
-  config = make_config(flags.model_dir.parent, mesh, train_steps=flags.train_steps)
+  config = make_config(
+    flags.model_dir.parent,
+    mesh,
+    train_steps=flags.train_steps,
+    checkpoint_period=flags.checkpoint_period,
+  )
   optimizer = dataclasses.replace(config.optimizer, learning_rate=flags.learning_rate)
   config = dataclasses.replace(config, optimizer=optimizer)
   with joined_hosts(flags, [f'mesh = {flags.mesh}', f'train_steps = {flags.train_steps}']):

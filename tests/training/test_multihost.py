@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,8 +24,8 @@ from exitax import checkpoint, parallel, training
 
 PROGRAM = Path(__file__).with_name('host_run.py')
 STEPS = 12
-# Far below the heartbeat's timeout: those who are left notice by themselves.
-NOTICE_SECONDS = 60
+# Those who are left notice by themselves, at the latest by the heartbeat.
+NOTICE_SECONDS = 120
 
 
 class Host:
@@ -152,13 +153,15 @@ def test_killed_or_told_to_stop_two_processes_go_on_as_if_nothing_had_been(
   assert 'start 2 4' in straight[1].lines
   assert len(straight[0].losses()) == STEPS
 
-  # A process dies without a word: the other ends, and says so.
-  killed = start(tmp_path / 'killed', pause=0.3, **run)
+  # A process dies without a word, and the other ends by itself: it says so, or where it waits for
+  # the other's part of a checkpoint jax aborts it after the heartbeat's time.
+  killed = start(tmp_path / 'killed', pause=0.3, heartbeat_timeout_seconds=30, **run)
   # The save of step 6 waited for the one of step 3.
-  killed[1].wait_for('step 7')
+  killed[0].wait_for('step 8')
   os.kill(killed[1].process.pid, signal.SIGKILL)
-  assert killed[0].end(NOTICE_SECONDS) == 1, killed[0].told()
-  assert any('another host is gone' in line for line in killed[0].errors), killed[0].told()
+  status = killed[0].end(NOTICE_SECONDS)
+  lines = [line for line in killed[0].errors if 'another host is gone' in line]
+  assert (status, len(lines)) in ((1, 1), (-signal.SIGABRT, 0)), killed[0].told()
   saved = checkpoint.CheckpointManager(checkpoint.checkpoints_directory(tmp_path / 'killed'))
   assert saved.latest_step() in (3, 6)
   killed = start(tmp_path / 'killed', **run)
@@ -190,19 +193,30 @@ def test_killed_or_told_to_stop_two_processes_go_on_as_if_nothing_had_been(
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_four_processes_that_share_data_and_stages_train_as_one(
+def test_four_processes_that_share_data_and_stages_go_on_as_one_would(
   start: Start, host_run: ModuleType, tmp_path: Path
 ) -> None:
   """Data 2 x pipeline 2 x tensor 2: each pair of processes loads the same rows.
 
-  Found by what SLURM says, as in a job step of four tasks.
+  They resume what one process saved, and are told of each other as the tasks of a job of SLURM.
   """
-  hosts = start(tmp_path / 'four', processes=4, devices=2, mesh='2,2,2', train_steps=4, pause=0)
-  config = host_run.make_config(tmp_path, (2, 2, 2), train_steps=4)
+  config = host_run.make_config(tmp_path, (2, 2, 2), train_steps=4, checkpoint_period=2)
   alone = training.train(config, tmp_path / 'alone')
+  shutil.copytree(tmp_path / 'alone', tmp_path / 'four')
+  shutil.rmtree(tmp_path / 'four' / 'checkpoints' / '4')
+  hosts = start(
+    tmp_path / 'four',
+    processes=4,
+    devices=2,
+    mesh='2,2,2',
+    cluster='slurm',
+    train_steps=4,
+    checkpoint_period=2,
+  )
   for host in hosts:
     assert host.end() == 0, host.told()
     assert 'start 4 8' in host.lines
+    assert [line for line in host.lines if line.startswith('step')] == ['step 3', 'step 4']
     assert host.lines[-1] == 'done 4'
   lines = {
     name: [line for line in training.read_metrics(tmp_path / name) if 'train/loss' in line]
