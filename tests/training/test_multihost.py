@@ -246,3 +246,24 @@ def test_all_processes_end_when_the_run_diverges(start: Start, tmp_path: Path) -
     [line] = [line for line in host.errors if line.startswith('exitax: ')]
     assert line.startswith(f'{prefix}training diverged at step '), line
     assert 'no checkpoint was written yet' in line
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_process_that_freezes_does_not_hold_the_others_for_ever(
+  start: Start, tmp_path: Path
+) -> None:
+  hosts = start(
+    tmp_path / 'frozen',
+    processes=2,
+    devices=1,
+    mesh='2,1,1',
+    train_steps=1000,
+    pause=0.1,
+    heartbeat_timeout_seconds=10,
+  )
+  hosts[1].wait_for('step 4')
+  os.kill(hosts[1].process.pid, signal.SIGSTOP)
+  # By jax, which knows no exception for it.
+  assert hosts[0].end(90) == -signal.SIGABRT, hosts[0].told()
+  assert any('heartbeat' in line for line in hosts[0].errors)
