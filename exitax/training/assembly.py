@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from exitax.data import Batch
-from exitax.models import ExitLM
-from exitax.parallel import PIPELINE_AXIS, logical_to_spec
+from exitax.models import ExitLM, Remat
+from exitax.parallel import PIPELINE_AXIS, count_flops, logical_to_spec
 from exitax.training.config import RunConfig
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
 from exitax.training.pipeline import PipelinedObjective
@@ -57,6 +57,12 @@ class Assembly:
     integers = array(jnp.int32)
     return Batch(integers, integers, integers, integers, weights=array(jnp.float32))
 
+  def model_flops(self) -> int:
+    """Flops of a step that computes nothing twice and has no stages: what utilisation counts."""
+    model = ExitLM(dataclasses.replace(self.config.model, remat=Remat.NONE))
+    step = _step(self.config, model, self.optimizer, self.schedule)
+    return count_flops(step, self.abstract_state(), self.abstract_batch()).flops
+
 
 def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
   """Puts a run together; nothing is allocated.
@@ -73,7 +79,18 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
       model, mesh, config.sharding, objective=config.objective, pipeline=config.pipeline
     )
     pipelined.check_rows(config.data.batch_size // config.loop.accumulation_steps)
-  step = make_train_step(
+  step = _step(config, model, optimizer, schedule, pipelined)
+  return Assembly(config, mesh, model, schedule, optimizer, pipelined, step)
+
+
+def _step(
+  config: RunConfig,
+  model: ExitLM,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  pipelined: PipelinedObjective | None = None,
+) -> TrainStepFn:
+  return make_train_step(
     model,
     optimizer,
     objective=config.objective,
@@ -82,4 +99,3 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
     value_and_grad=pipelined.value_and_grad if pipelined else None,
     dropout=config.dropout,
   )
-  return Assembly(config, mesh, model, schedule, optimizer, pipelined, step)

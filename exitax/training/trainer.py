@@ -15,14 +15,11 @@ import numpy as np
 from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, read_model
 from exitax.data import Data, build_data, check_tokenizer, shards_of_blocks
 from exitax.errors import UserError
-from exitax.models import ExitLM, Remat
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import (
-  PIPELINE_AXIS,
   any_process,
   batch_blocks,
   check_same,
-  count_flops,
   do_together,
   fetch,
   from_main_process,
@@ -30,17 +27,16 @@ from exitax.parallel import (
   shard_batch,
   use,
 )
+from exitax.training.assembly import assemble
 from exitax.training.config import RunConfig
 from exitax.training.display import Display, QuietDisplay
 from exitax.training.health import DivergenceError, HealthBounds, largest_rms
 from exitax.training.interrupt import AgreedStop, StopSignal
 from exitax.training.metrics import FileMetricsWriter, MetricsWriter
 from exitax.training.model_dir import prepare_model_dir
-from exitax.training.optimizer import learning_rate_schedule, make_optimizer
-from exitax.training.pipeline import PipelinedObjective
 from exitax.training.profiler import ProfilerWindow
-from exitax.training.state import TrainState, abstract_state, init_state
-from exitax.training.step import StepMetrics, TrainStepFn, ValueAndGradFn, make_train_step
+from exitax.training.state import TrainState, init_state
+from exitax.training.step import StepMetrics
 from exitax.training.throughput import Throughput, total_peak_flops
 
 
@@ -103,20 +99,16 @@ class _Trainer:
     self._model_dir = model_dir
     self._display = display
     self._mesh = mesh
-    self._model = ExitLM(config.model)
-    self._schedule = learning_rate_schedule(config.optimizer, train_steps=self._loop.train_steps)
-    self._optimizer = make_optimizer(config.optimizer, self._schedule)
+    self._assembly = assembly = assemble(config, mesh)
+    self._model, self._optimizer = assembly.model, assembly.optimizer
     self._data = data
     blocks = batch_blocks(mesh, config.sharding)
     shards = shards_of_blocks(blocks.own, blocks.total)
     self._loader = data.train_loader(shards)
     self._eval_loader = data.eval_loader(shards, max_rows=self._loop.eval_rows)
-    self._pipeline = self._pipelined_objective()
-    value_and_grad = self._pipeline.value_and_grad if self._pipeline else None
-    step = self._make_step(self._model, value_and_grad)
-    self._step = jax.jit(step, donate_argnums=0)
+    self._step = jax.jit(assembly.step, donate_argnums=0)
     score = make_score_fn(self._model, chunk_length=config.objective.chunk_length)
-    self._score = jax.jit(self._pipeline.score if self._pipeline else score)
+    self._score = jax.jit(assembly.pipelined.score if assembly.pipelined else score)
     self._manager = CheckpointManager(checkpoints_directory(model_dir), config=config.checkpoint)
     self._largest_rms = jax.jit(largest_rms)
     self._bounds = HealthBounds(
@@ -150,33 +142,6 @@ class _Trainer:
         self._save(state, step)
     return TrainResult(step=step, finished=finished, scores=self._scores, params=state.params)
 
-  def _pipelined_objective(self) -> PipelinedObjective | None:
-    """How gradients are made on a mesh with stages; None where there is one."""
-    config = self._config
-    if self._mesh.shape[PIPELINE_AXIS] == 1:
-      return None
-    rows = config.data.batch_size // config.loop.accumulation_steps
-    pipelined = PipelinedObjective(
-      self._model,
-      self._mesh,
-      config.sharding,
-      objective=config.objective,
-      pipeline=config.pipeline,
-    )
-    pipelined.check_rows(rows)
-    return pipelined
-
-  def _make_step(self, model: ExitLM, value_and_grad: ValueAndGradFn | None = None) -> TrainStepFn:
-    return make_train_step(
-      model,
-      self._optimizer,
-      objective=self._config.objective,
-      schedule=self._schedule,
-      accumulation_steps=self._loop.accumulation_steps,
-      value_and_grad=value_and_grad,
-      dropout=self._config.dropout,
-    )
-
   def _start(self) -> tuple[TrainState, int]:
     """State and step to go on from: see the restore order of `train`."""
     latest = self._latest_step()
@@ -184,8 +149,7 @@ class _Trainer:
     if latest is not None:
       # Before reading arrays, so that a changed configuration is named by its field.
       prepare_model_dir(self._model_dir, self._config.model, self._data.tokenizer)
-      abstract = abstract_state(self._model, self._optimizer, self._mesh, rules)
-      restored = self._manager.restore(abstract, step=latest)
+      restored = self._manager.restore(self._assembly.abstract_state(), step=latest)
       self._loader.set_state(dict(restored.extras['data']))
       self._saved_step = latest
       self._display.message(f'resuming from step {latest} in {self._model_dir}')
@@ -228,7 +192,7 @@ class _Trainer:
       batch = shard_batch(next(self._loader), self._mesh, self._config.sharding)
       self._profiler.before(step)
       if throughput is None:
-        throughput = self._throughput(state, batch)
+        throughput = self._throughput()
         state, metrics = self._step(state, batch)
         jax.block_until_ready(metrics)
         throughput.restart()  # The first step was mostly compilation.
@@ -322,10 +286,8 @@ class _Trainer:
     self._manager.save(step, state, extras=extras, metrics=metrics)
     self._saved_step = step
 
-  def _throughput(self, state: TrainState, batch: Any) -> Throughput:
-    # Utilisation counts what the model asks for, not what is computed again to save memory.
-    model = ExitLM(dataclasses.replace(self._model.config, remat=Remat.NONE))
-    flops = count_flops(self._make_step(model), state, batch).flops
+  def _throughput(self) -> Throughput:
+    flops = self._assembly.model_flops()
     tokens = self._config.data.batch_size * self._config.data.length
     peak = total_peak_flops(self._model.config.precision)
     return Throughput(tokens_per_step=tokens, flops_per_step=flops, peak=peak)
