@@ -43,7 +43,7 @@ def exitax_commands(text: str) -> list[str]:
   joined = re.sub(r'\\\n#?\s*', '', text)
   lines = (line.lstrip('# ').strip() for line in joined.splitlines())
   found = [
-    re.match(r'(?:\.venv/bin/)?exitax ((?:train|evaluate|generate|inspect) .*)', x) for x in lines
+    re.match(r'(?:\.venv/bin/)?exitax ((?:train|evaluate|generate|inspect|plan) .*)', x) for x in lines
   ]
   return [match.group(1) for match in found if match]
 
@@ -68,6 +68,8 @@ def run_command(command: str, runs: Path) -> None:
     argv += SMALL_EVALUATION
   elif argv[0] == 'generate':
     argv += ['--max_new_tokens=4']
+  elif argv[0] == 'plan':
+    argv += ['--estimate_only']  # Compiling a model of that size takes minutes.
   with pytest.raises(SystemExit) as stop:
     main(argv)
   assert not stop.value.code, command
