@@ -73,6 +73,13 @@ class StagePlan:
     )
 
   @property
+  def first_exit(self) -> int | None:
+    """The first span that holds an exit before the final head; None if there is none."""
+    early = len(self.depths) - 1
+    spans = [span for span, exits in enumerate(self.exits) if any(i < early for i in exits)]
+    return spans[0] if spans else None
+
+  @property
   def max_exits(self) -> int:
     """Exits of the span that has most."""
     return max(len(exits) for exits in self.exits)

@@ -11,6 +11,7 @@ from exitax.parallel.agreement import (
   raise_together,
 )
 from exitax.parallel.batch_blocks import BatchBlocks, batch_blocks
+from exitax.parallel.bubble_filling import fill_bubbles, max_extras
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.collectives import Collective, collectives_in
 from exitax.parallel.constraint import constrain, current_rules, per_shard, shards_of, use
@@ -123,10 +124,12 @@ __all__ = [
   'StageProgram',
   'WorkTable',
   'bubble_formula',
+  'fill_bubbles',
   'forward_schedule',
   'gather_parameter',
   'gather_stages',
   'make_schedule',
+  'max_extras',
   'reduce_gradient',
   'render_schedule',
   'residuals_of',

@@ -2,8 +2,8 @@
 
 Everything here runs inside `jax.shard_map` with the pipeline axis manual, one program on every
 stage: loops over the ticks of each phase of the table, a forward and a backward of some chunk in
-each, and one exchange with the neighbours after it. There are no branches on the stage: idle work
-is done on stale values and counts nothing.
+each, and one exchange with the neighbours after it. There are no branches on the stage (but where
+bubbles are filled): idle work is done on stale values and counts nothing.
 
 The backward of a chunk is the gradient of
 
@@ -128,7 +128,7 @@ def run_pipeline(
     schedule: when; its stages are the size of `axis`.
     params: the stage's parameters, every leaf `[num_chunks, ...]`.
     shared: parameters that every stage holds.
-    microbatches: every leaf `[num_microbatches, ...]`.
+    microbatches: every leaf `[num_parts, ...]`.
     axis: name of the manual mesh axis of the stages.
     keep: what is kept between forward and backward; no matter for an evaluation.
   """
@@ -142,12 +142,15 @@ class _Carry:
   Attributes:
     hidden: received from the span before.
     gradient: received from the span after.
+    late: received from the span before by forwards in the place of a backward, `[lanes, ...]`;
+      empty unless bubbles are filled.
     ring: what is kept, every leaf `[num_slots + 1, ...]`; the last slot is that of idle work.
     sums: added up so far; so are `params` and `shared`, the gradients.
   """
 
   hidden: jax.Array
   gradient: jax.Array
+  late: PyTree
   ring: PyTree
   sums: PyTree
   params: PyTree
@@ -156,11 +159,15 @@ class _Carry:
 
 @struct.dataclass
 class _Work:
-  """A row of a work table, for this stage: i32 scalars (while scanning, `[ticks]`)."""
+  """A row of a work table, for this stage: i32 scalars (while scanning, `[ticks]`).
+
+  `begins` is True where no gradient comes from the next stage although it is not the last.
+  """
 
   microbatch: jax.Array
   chunk: jax.Array
   slot: jax.Array
+  begins: jax.Array
 
 
 class _Executor:
@@ -191,38 +198,66 @@ class _Executor:
 
   def _run_phase(self, carry: _Carry, phase: Phase) -> _Carry:
     forwards = self._column(self._schedule.forward, phase)
-    backwards = self._column(self._schedule.backward, phase)
+    backwards = self._column(self._schedule.backward, phase, self._schedule.begins)
+    late = self._column(self._schedule.late, phase) if phase.has_late else None
 
-    def tick(carry: _Carry, rows: tuple[_Work, _Work]) -> tuple[_Carry, None]:
-      sent_hidden, sent_gradient = carry.hidden, carry.gradient
+    def tick(carry: _Carry, rows: tuple[_Work, _Work, _Work | None]) -> tuple[_Carry, None]:
+      sent_hidden, sent_gradient, sent_late = carry.hidden, carry.gradient, carry.late
       if phase.has_forward:
-        carry, sent_hidden = self._forward(carry, rows[0])
-      if phase.has_backward:
+        carry, sent_hidden = self._forward(carry, rows[0], carry.hidden)
+      if rows[2] is not None:
+        carry, sent_gradient, sent_late = self._late_or_backward(carry, rows[2], rows[1])
+      elif phase.has_backward:
         carry, sent_gradient = self._backward(carry, rows[1])
       # Outside of everything conditional, and last: neighbours meet here and nowhere else.
       if phase.has_forward:
         carry = dataclasses.replace(carry, hidden=self._send(sent_hidden, 1))
       if phase.has_backward:
         carry = dataclasses.replace(carry, gradient=self._send(sent_gradient, -1))
+      if phase.has_late:
+        carry = dataclasses.replace(carry, late=tuple(self._send(x, 1) for x in sent_late))
       return carry, None
 
-    return jax.lax.scan(tick, carry, (forwards, backwards))[0]
+    return jax.lax.scan(tick, carry, (forwards, backwards, late))[0]
+
+  def _late_or_backward(
+    self, carry: _Carry, late: _Work, work: _Work
+  ) -> tuple[_Carry, jax.Array, PyTree]:
+    """A backward, or the forwards that take its place: the one that this stage has.
+
+    The only branch on the stage. Neither side may hold a collective over stages, so it is of no use
+    to losses that stages compute together.
+    """
+
+    def forwards(carry: _Carry) -> tuple[_Carry, jax.Array, PyTree]:
+      sent = []
+      for lane, received in enumerate(carry.late):
+        carry, hidden = self._forward(carry, jax.tree.map(lambda x, n=lane: x[n], late), received)
+        sent.append(hidden)
+      return carry, carry.gradient, tuple(sent)
+
+    def backward(carry: _Carry) -> tuple[_Carry, jax.Array, PyTree]:
+      late = carry.late
+      carry, gradient = self._backward(carry, work)
+      return carry, gradient, late
+
+    return jax.lax.cond((late.microbatch >= 0).any(), forwards, backward, carry)
 
   # One chunk.
 
-  def _forward(self, carry: _Carry, work: _Work) -> tuple[_Carry, jax.Array]:
+  def _forward(self, carry: _Carry, work: _Work, received: jax.Array) -> tuple[_Carry, jax.Array]:
     params, microbatch, span = self._pick(work)
     if not self._trains:
-      hidden, taps = self._stage_fn(microbatch, span)(params, self._shared, carry.hidden)
+      hidden, taps = self._stage_fn(microbatch, span)(params, self._shared, received)
       counts = self._counts(work)
       _, sums = self._program.loss_fn(self._shared, taps, microbatch, span, counts)
       return self._add(carry, sums), hidden
     if self._keep is Keep.INPUTS:
-      hidden, _ = self._stage_fn(microbatch, span)(params, self._shared, carry.hidden)
-      kept = carry.hidden
+      hidden, _ = self._stage_fn(microbatch, span)(params, self._shared, received)
+      kept = received
     else:
       (hidden, taps), residuals = residuals_of(
-        self._stage_fn(microbatch, span), params, self._shared, carry.hidden
+        self._stage_fn(microbatch, span), params, self._shared, received
       )
       kept = (taps, residuals)
     ring = jax.tree.map(
@@ -248,7 +283,7 @@ class _Executor:
       self._shared, taps
     )
     # The last span sends its hidden state to nobody.
-    goes_on = (work.microbatch >= 0) & (span < self._num_spans - 1)
+    goes_on = (work.microbatch >= 0) & (span < self._num_spans - 1) & ~work.begins
     gradient = jnp.where(goes_on, carry.gradient, jnp.zeros_like(carry.gradient))
     of_params, of_stage, of_hidden = pull_back((gradient, of_taps))
     carry = self._add(carry, sums)
@@ -291,12 +326,14 @@ class _Executor:
       pairs = [(a, b) for a, b in pairs if b - a == step]
     return jax.lax.ppermute(x, self._axis, pairs) if pairs else x
 
-  def _column(self, table: WorkTable, phase: Phase) -> _Work:
+  def _column(self, table: WorkTable, phase: Phase, begins: np.ndarray | None = None) -> _Work:
     def column(array: np.ndarray) -> jax.Array:
       rows = jnp.asarray(array[phase.start : phase.stop])
       return jax.lax.dynamic_index_in_dim(rows, self._stage, 1, keepdims=False)
 
-    return _Work(column(table.microbatch), column(table.chunk), column(table.slot))
+    if begins is None:
+      begins = np.zeros_like(table.microbatch, bool)
+    return _Work(column(table.microbatch), column(table.chunk), column(table.slot), column(begins))
 
   def _initial(self) -> _Carry:
     microbatch = jax.tree.map(lambda x: x[0], self._microbatches)
@@ -316,6 +353,8 @@ class _Executor:
     elif self._keep is Keep.INPUTS:
       kept = like
     num_slots = self._schedule.num_slots + 1
+    late = self._schedule.late
+    lanes = 0 if late is None else late.microbatch.shape[2]
 
     def slots(x: jax.ShapeDtypeStruct) -> jax.Array:
       return jnp.zeros((num_slots, *x.shape), x.dtype)
@@ -323,6 +362,7 @@ class _Executor:
     return _Carry(
       hidden=hidden,
       gradient=hidden,
+      late=(hidden,) * lanes,
       ring=jax.tree.map(slots, kept),
       sums=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
       params=jax.tree.map(_wide_zeros, self._params) if self._trains else (),

@@ -65,12 +65,14 @@ class Phase:
     stop: after the last one.
     has_forward: some stage has a forward.
     has_backward: some stage has a backward.
+    has_late: some stage has a forward in the place of a backward.
   """
 
   start: int
   stop: int
   has_forward: bool
   has_backward: bool
+  has_late: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +90,11 @@ class Schedule:
     forward: the forwards.
     backward: the backwards; all idle in a schedule for evaluation.
     num_slots: slots per stage, the largest number of chunks in flight on one.
+    late: forwards of extra microbatches in the place of a backward, `[ticks, stages, lanes]`; None
+      unless bubbles are filled (`bubble_filling.py`).
+    begins: bool `[ticks, stages]`, where an extra's backward begins: no gradient comes from the
+      next stage. None as `late`.
+    extra_depths: of every extra microbatch, the stages that it runs through.
   """
 
   kind: ScheduleKind
@@ -97,6 +104,14 @@ class Schedule:
   forward: WorkTable
   backward: WorkTable
   num_slots: int
+  late: WorkTable | None = None
+  begins: np.ndarray | None = None
+  extra_depths: tuple[int, ...] = ()
+
+  @property
+  def num_parts(self) -> int:
+    """Microbatches of the data, those that run through a few stages only included."""
+    return self.num_microbatches + len(self.extra_depths)
 
   @property
   def num_ticks(self) -> int:
@@ -106,20 +121,23 @@ class Schedule:
   @property
   def phases(self) -> tuple[Phase, ...]:
     """The table cut where ticks change their make."""
+    late = np.zeros(self.num_ticks, bool) if self.late is None else self.late.busy.any(axis=(1, 2))
     make = [
-      (bool(f.any()), bool(b.any()))
-      for f, b in zip(self.forward.busy, self.backward.busy, strict=True)
+      (bool(f.any()), bool(b.any() or is_late), bool(is_late))
+      for f, b, is_late in zip(self.forward.busy, self.backward.busy, late, strict=True)
     ]
     phases, start = [], 0
-    for (has_forward, has_backward), ticks in itertools.groupby(make):
+    for (has_forward, has_backward, has_late), ticks in itertools.groupby(make):
       stop = start + len(list(ticks))
-      phases.append(Phase(start, stop, has_forward, has_backward))
+      phases.append(Phase(start, stop, has_forward, has_backward, has_late))
       start = stop
     return tuple(phases)
 
   def num_slots_of(self, stage: int) -> int:
     """Chunks that are in flight on one stage at once, at most."""
     forwards = self.forward.busy[:, stage].cumsum()
+    if self.late is not None:
+      forwards = forwards + self.late.busy[:, stage].sum(axis=1).cumsum()
     backwards = np.concatenate([[0], self.backward.busy[:-1, stage].cumsum()])
     return int((forwards - backwards).max())
 
@@ -131,6 +149,8 @@ class Schedule:
   def bubble_fraction(self, *, backward_over_forward: float = 2.0) -> float:
     """Share of the time in which a stage has nothing to do, mean over stages."""
     busy = self.forward.busy.sum() + self.backward.busy.sum() * backward_over_forward
+    if self.late is not None:
+      busy += self.late.busy.sum()
     time = self.time(backward_over_forward=backward_over_forward)
     return 1.0 - float(busy) / (self.num_stages * time)
 
@@ -170,7 +190,7 @@ def make_schedule(
       _put(forward, item + stage, stage, microbatch, chunk)
       tick = first_backward + item + num_stages - 1 - stage
       _put(backward, tick, stage, microbatch, num_chunks - 1 - chunk)
-  num_slots = _assign_slots(forward, backward)
+  num_slots = assign_slots(forward, backward)
   return Schedule(kind, num_stages, num_microbatches, num_chunks, forward, backward, num_slots)
 
 
@@ -191,22 +211,26 @@ def forward_schedule(*, num_stages: int, num_microbatches: int, num_chunks: int 
 
 
 def render_schedule(schedule: Schedule) -> str:
-  """The table as text, a line per stage; chunks after the first as `f3'` and `f3''`."""
+  """The table as text, a line per stage; chunks after the first as `f3'` and `f3''`.
 
-  def cell(table: WorkTable, letter: str, tick: int, stage: int) -> str:
-    microbatch = table.microbatch[tick, stage]
+  `F` is a forward in the place of a backward.
+  """
+
+  def cell(table: WorkTable, letter: str, place: tuple[int, ...]) -> str:
+    microbatch = table.microbatch[place]
     if microbatch == IDLE:
       return ''
-    return f'{letter}{microbatch}{chr(39) * int(table.chunk[tick, stage])}'
+    return f'{letter}{microbatch}{chr(39) * int(table.chunk[place])}'
+
+  def cells_of(tick: int, stage: int) -> str:
+    text = cell(schedule.forward, 'f', (tick, stage))
+    if schedule.late is not None:
+      lanes = range(schedule.late.microbatch.shape[2])
+      text += ''.join(cell(schedule.late, 'F', (tick, stage, lane)) for lane in lanes)
+    return (text + cell(schedule.backward, 'b', (tick, stage))) or '.'
 
   ticks = range(schedule.num_ticks)
-  cells = [
-    [
-      (cell(schedule.forward, 'f', tick, stage) + cell(schedule.backward, 'b', tick, stage)) or '.'
-      for tick in ticks
-    ]
-    for stage in range(schedule.num_stages)
-  ]
+  cells = [[cells_of(tick, stage) for tick in ticks] for stage in range(schedule.num_stages)]
   widths = [max(len(row[tick]) for row in cells) for tick in ticks]
   lines = [
     f'stage {stage}  ' + ' '.join(text.ljust(w) for text, w in zip(row, widths, strict=True))
@@ -265,7 +289,7 @@ def _put(table: WorkTable, tick: int, stage: int, microbatch: int, chunk: int) -
   table.chunk[tick, stage] = chunk
 
 
-def _assign_slots(forward: WorkTable, backward: WorkTable) -> int:
+def assign_slots(forward: WorkTable, backward: WorkTable, late: WorkTable | None = None) -> int:
   """Gives every piece of work in flight a slot of its own; returns how many a stage needs."""
   num_ticks, num_stages = forward.microbatch.shape
   used = 0
@@ -274,21 +298,26 @@ def _assign_slots(forward: WorkTable, backward: WorkTable) -> int:
     held: dict[tuple[int, int], int] = {}
     allocated = 0
     for tick in range(num_ticks):
-      if forward.busy[tick, stage]:
+      begun = [(forward, (tick, stage))]
+      if late is not None:
+        begun += [(late, (tick, stage, lane)) for lane in range(late.microbatch.shape[2])]
+      for table, place in begun:
+        if not table.busy[place]:
+          continue
         if not free:
           free.append(allocated)
           allocated += 1
         slot = heapq.heappop(free)
-        held[_key(forward, tick, stage)] = forward.slot[tick, stage] = slot
+        held[_key(table, place)] = table.slot[place] = slot
       if backward.busy[tick, stage]:
-        slot = held.pop(_key(backward, tick, stage))
+        slot = held.pop(_key(backward, (tick, stage)))
         backward.slot[tick, stage] = slot
         heapq.heappush(free, slot)
     used = max(used, allocated)
-  for table in (forward, backward):
+  for table in (forward, backward, *([] if late is None else [late])):
     table.slot[~table.busy] = used
   return used
 
 
-def _key(table: WorkTable, tick: int, stage: int) -> tuple[int, int]:
-  return int(table.microbatch[tick, stage]), int(table.chunk[tick, stage])
+def _key(table: WorkTable, place: tuple[int, ...]) -> tuple[int, int]:
+  return int(table.microbatch[place]), int(table.chunk[place])

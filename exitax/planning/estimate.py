@@ -34,6 +34,7 @@ from exitax.parallel import (
   ScheduleKind,
   SequenceSharding,
   ShardingRules,
+  fill_bubbles,
   make_schedule,
   parameter_report,
 )
@@ -165,13 +166,26 @@ class _Layout:
         num_chunks=config.num_chunks,
         layers_per_span=config.layers_per_span,
       )
-      parts *= config.num_microbatches
+      parts *= config.num_microbatches + self._num_extras()
     else:
       self.recompute, self.vocab = _FROM_REMAT[run.model.remat], VocabPlacement.STAGE
       self.plan = plan_stages(run.model, num_stages=1)
       self.slots = self.items = 1
     self.parts = run.loop.accumulation_steps
     self.rows = run.data.batch_size / (self.data * parts)
+
+  def _num_extras(self) -> int:
+    """Microbatches in the bubble: as many in a long step as in a short one."""
+    config = self.run.pipeline
+    if not config.bubble_filling_ratio:
+      return 0
+    table = make_schedule(config.schedule, num_stages=self.stages, num_microbatches=2 * self.stages)
+    filled = fill_bubbles(
+      table,
+      backward_over_forward=config.bubble_filling_ratio,
+      min_depth=(self.plan.first_exit or 0) + 1,
+    )
+    return len(filled.extra_depths)
 
   @property
   def pipelined(self) -> bool:

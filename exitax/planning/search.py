@@ -143,6 +143,7 @@ def gin_bindings(run: RunConfig) -> str:
     lines.append(f'PipelineConfig.num_chunks = {config.num_chunks}')
     lines.append(f'PipelineConfig.recompute = {config.recompute.value!r}')
     lines.append(f'PipelineConfig.vocab = {config.vocab.value!r}')
+    lines.append(f'PipelineConfig.bubble_filling_ratio = {config.bubble_filling_ratio}')
   return '\n'.join(lines) + '\n'
 
 
@@ -169,6 +170,7 @@ def _staged(run: RunConfig, num_parts: int) -> Iterator[RunConfig]:
       layers_per_span=None,
       recompute=recompute,
       vocab=vocab,
+      bubble_filling_ratio=0.0,
     )
     yield dataclasses.replace(
       run, loop=dataclasses.replace(run.loop, accumulation_steps=1), pipeline=pipeline

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
@@ -32,6 +33,7 @@ from exitax.parallel import (
   ScheduleKind,
   ShardingRules,
   StageProgram,
+  fill_bubbles,
   forward_schedule,
   gather_parameter,
   make_schedule,
@@ -76,6 +78,9 @@ class PipelineConfig:
     vocab: 'stage', or 'pipeline': all stages share the scores of every exit.
     gradient_dtype: format in which gradients are added up over devices, once a step: 'float32' or
       'bfloat16'. Each microbatch's gradient is added to a float32 sum in either.
+    bubble_filling_ratio: how much longer a backward lasts than a forward; with it the bubble takes
+      extra microbatches that run through the first stages only, for the exits there (EE-LLM). 0
+      leaves the bubble empty.
   """
 
   schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
@@ -85,6 +90,7 @@ class PipelineConfig:
   recompute: Recompute = Recompute.STAGE
   vocab: VocabPlacement = VocabPlacement.PIPELINE
   gradient_dtype: str = 'float32'
+  bubble_filling_ratio: float = 0.0
 
   def __post_init__(self) -> None:
     for name, kind in (
@@ -149,8 +155,10 @@ class PipelinedObjective:
       'num_microbatches': pipeline.num_microbatches,
       'num_chunks': pipeline.num_chunks,
     }
-    self.schedule = make_schedule(pipeline.schedule, **sizes)
-    self._forward_schedule = forward_schedule(**sizes)
+    self.schedule = self._filled(make_schedule(pipeline.schedule, **sizes))
+    self._forward_schedule = forward_schedule(
+      **sizes | {'num_microbatches': self.schedule.num_parts}
+    )
     self._check_vocabulary()
     self._shardings = self._view_shardings()
 
@@ -179,13 +187,40 @@ class PipelinedObjective:
     Raises:
       UserError: they cannot.
     """
-    shards, parts = self._mesh.shape[DATA_AXIS], self._config.num_microbatches
+    shards, parts = self._mesh.shape[DATA_AXIS], self.schedule.num_parts
+    num_extras = len(self.schedule.extra_depths)
+    extras = f' and {num_extras} in the bubble,' if num_extras else ''
     if num_rows % (shards * parts):
       raise UserError(
-        f'PipelineConfig.num_microbatches={parts} x data={shards} does not divide the {num_rows} '
+        f'PipelineConfig.num_microbatches={self._config.num_microbatches}{extras} x data={shards} '
+        f'does not divide the {num_rows} '
         f'rows of a step: choose a batch_size that is a multiple of {shards * parts}, or fewer '
         'microbatches'
       )
+
+  def _filled(self, schedule: Schedule) -> Schedule:
+    ratio = self._config.bubble_filling_ratio
+    if not ratio:
+      return schedule
+    if self._config.vocab is not VocabPlacement.STAGE:
+      raise UserError(
+        "PipelineConfig.bubble_filling_ratio needs vocab='stage': scores that all stages share keep "
+        'every stage busy in every tick'
+      )
+    first = self.plan.first_exit
+    min_depth = schedule.num_stages if first is None else first + 1
+    filled = fill_bubbles(schedule, backward_over_forward=ratio, min_depth=min_depth)
+    if not filled.extra_depths:
+      # An extra passes its stages twice before the first gradient comes back.
+      deepest = (schedule.num_stages - 1) // 2
+      fix = (
+        f'place an exit after at most {self.plan.cuts[deepest] - 1} layers, or ' if deepest else ''
+      )
+      raise UserError(
+        f'PipelineConfig.bubble_filling_ratio={ratio}: no microbatch fits the bubble of '
+        f'{schedule.num_stages} stages and reaches an exit: {fix}set it to 0'
+      )
+    return filled
 
   def _check_vocabulary(self) -> None:
     size = self._model.config.vocab_size
@@ -209,6 +244,8 @@ class PipelinedObjective:
     dropout: Dropout | None = None,
   ) -> tuple[LossSums, Any]:
     self.check_rows(batch.tokens.shape[0])
+    shares = self._counted_shares(batch, schedule)
+    exit_weights = exit_weights / shares
     views = self._views(_cast(params, self._model.config.precision.dtype))
     views = jax.tree.map(jax.lax.with_sharding_constraint, views, self._shardings)
     specs = jax.tree.map(lambda sharding: _manual(sharding.spec), self._shardings)
@@ -224,7 +261,27 @@ class PipelinedObjective:
       check_vma=False,
     )
     sums, grads = run(views, batch, exit_weights, dropout)
+    sums = jax.tree.map(lambda x: x / shares, sums)
     return LossSums(exits=sums, tokens=jnp.sum(batch.weights)), grads
+
+  def _counted_shares(self, batch: PackedBatch, schedule: Schedule) -> jax.Array | float:
+    """Share of the batch's tokens that each exit's loss is made of, f32 `[exits + 1]`.
+
+    With partial microbatches some exits see more than others: a loss divided by its own count is
+    an estimate of the same mean, so gradients stay unbiased (EE-LLM, appendix on bubble filling).
+    """
+    if not schedule.extra_depths:
+      return 1.0
+    span_of = {i: span for span, exits in enumerate(self.plan.exits) for i in exits}
+    counts = np.ones((len(span_of), schedule.num_parts))
+    for number, depth in enumerate(schedule.extra_depths, start=schedule.num_microbatches):
+      for exit_index, span in span_of.items():
+        counts[exit_index, number] = span < depth
+    shards = self._mesh.shape[DATA_AXIS]
+    wide = jnp.promote_types(self._model.config.precision.dtype, jnp.float32)
+    by_part = batch.weights.astype(wide).reshape(shards, schedule.num_parts, -1).sum(axis=(0, 2))
+    counted = jnp.asarray(counts, by_part.dtype) @ by_part
+    return jnp.maximum(counted, 1.0) / jnp.maximum(by_part.sum(), 1.0)
 
   def _stage(
     self,
@@ -237,7 +294,7 @@ class PipelinedObjective:
     """One stage of one data shard: gathers its parameters, runs its table, adds up."""
     specs = jax.tree.map(lambda sharding: _manual(sharding.spec), self._shardings)
     whole = jax.tree.map(lambda x, spec: gather_parameter(x, spec, axis=DATA_AXIS), views, specs)
-    num_parts = schedule.num_microbatches
+    num_parts = schedule.num_parts
     microbatches = Microbatch(
       batch=jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch),
       exit_weights=jnp.broadcast_to(exit_weights, (num_parts, *exit_weights.shape)),

@@ -43,7 +43,8 @@ def exitax_commands(text: str) -> list[str]:
   joined = re.sub(r'\\\n#?\s*', '', text)
   lines = (line.lstrip('# ').strip() for line in joined.splitlines())
   found = [
-    re.match(r'(?:\.venv/bin/)?exitax ((?:train|evaluate|generate|inspect|plan) .*)', x) for x in lines
+    re.match(r'(?:\.venv/bin/)?exitax ((?:train|evaluate|generate|inspect|plan) .*)', x)
+    for x in lines
   ]
   return [match.group(1) for match in found if match]
 
