@@ -184,7 +184,7 @@ def params_of(model: ExitLM) -> Any:
   return jax.tree.map_with_path(draw, model.abstract_params())
 
 
-def make_batch() -> Batch:
+def make_batch() -> Any:
   """Packed rows that count different numbers of tokens, one of them padded."""
   rng = np.random.default_rng(0)
   ids = np.ones((ROWS, LENGTH), np.int32)

@@ -46,7 +46,9 @@ def run(flags: argparse.Namespace) -> int:
     return 0
   if not flags.gin_file:
     raise UserError('inspect needs a model: --model_dir=DIR or --gin_file=gin/runs/quickstart.gin')
-  unread = dict.fromkeys(('MODEL_DIR', 'TRAIN_STEPS', 'MIXTURE_OR_TASK_NAME'), 'unused')
+  unread: dict[str, object] = dict.fromkeys(
+    ('MODEL_DIR', 'TRAIN_STEPS', 'MIXTURE_OR_TASK_NAME'), 'unused'
+  )
   flag_groups.parse_gin(flags, bind_model_dir=False, if_required=unread)
   model, mesh = gin_config.build(ModelConfig), gin_config.build(MeshConfig)
   print(model_table(model, mesh, gin_config.build(ShardingRules)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def _local_attention(
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scaled = (query.astype(wide) * head_dim**-0.5).astype(query.dtype)
   q, k, v = (x.swapaxes(1, 2) for x in (scaled, key, value))
-  mixed = jax.vmap(attend)(q, k, v, kernel.SegmentIds(q=segment_ids, kv=segment_ids))
+  mixed: Any = jax.vmap(attend)(q, k, v, kernel.SegmentIds(q=segment_ids, kv=segment_ids))
   return mixed.swapaxes(1, 2).astype(query.dtype)
 
 

@@ -199,7 +199,8 @@ class _Executor:
   def _run_phase(self, carry: _Carry, phase: Phase) -> _Carry:
     forwards = self._column(self._schedule.forward, phase)
     backwards = self._column(self._schedule.backward, phase, self._schedule.begins)
-    late = self._column(self._schedule.late, phase) if phase.has_late else None
+    table = self._schedule.late if phase.has_late else None
+    late = self._column(table, phase) if table is not None else None
 
     def tick(carry: _Carry, rows: tuple[_Work, _Work, _Work | None]) -> tuple[_Carry, None]:
       sent_hidden, sent_gradient, sent_late = carry.hidden, carry.gradient, carry.late

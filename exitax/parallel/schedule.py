@@ -121,7 +121,9 @@ class Schedule:
   @property
   def phases(self) -> tuple[Phase, ...]:
     """The table cut where ticks change their make."""
-    late = np.zeros(self.num_ticks, bool) if self.late is None else self.late.busy.any(axis=(1, 2))
+    late = np.zeros(self.num_ticks, bool)
+    if self.late is not None:
+      late |= self.late.busy.any(axis=(1, 2))
     make = [
       (bool(f.any()), bool(b.any() or is_late), bool(is_late))
       for f, b, is_late in zip(self.forward.busy, self.backward.busy, late, strict=True)

@@ -90,7 +90,7 @@ def compile_step(assembly: Assembly) -> CompiledStep:
     temporary=analysis.temp_size_in_bytes,
     code=analysis.generated_code_size_in_bytes,
   )
-  text = compiled.as_text()
+  text = compiled.as_text() or ''
   return CompiledStep(
     flops=flops,
     memory=memory,
@@ -115,7 +115,7 @@ def _no_persistent_cache() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[int | None, int | None]:
+def _out_of_memory(error: Exception) -> tuple[int | None, int | None]:
   """Bytes needed and available, from XLA's message; anything else is raised again."""
   message = str(error)
   if 'RESOURCE_EXHAUSTED' not in message:

@@ -99,10 +99,12 @@ def traced_cost(
   blocks = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((num_layers, *x.shape[1:]), x.dtype), params['blocks']
   )
-  row = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
+  # Shapes where the structures have arrays.
+  row: Any = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  weights: Any = jax.ShapeDtypeStruct((1, length), jnp.float32)
+  exit_weights: Any = jax.ShapeDtypeStruct((1,), jnp.float32)
   batch = Batch(row, row, row, row, weights=weights)
-  microbatch = Microbatch(batch=batch, exit_weights=jax.ShapeDtypeStruct((1,), jnp.float32))
+  microbatch = Microbatch(batch=batch, exit_weights=exit_weights)
   hidden = program.hidden_like(microbatch)
 
   def stage_fn(microbatch: Microbatch) -> Any:

@@ -10,7 +10,7 @@ from exitax.errors import UserError
 from exitax.models import ExitMatrix, Remat
 from exitax.parallel import MeshConfig, ScheduleKind, count_flops, make_mesh, make_schedule
 from exitax.planning import compile_step, costs, estimate
-from exitax.planning.estimate import _num_slots
+from exitax.planning.layout import num_slots
 from exitax.training import PipelineConfig, Recompute, assemble
 from tests.planning.tiny_run import tiny_run
 
@@ -84,7 +84,7 @@ def test_slots_of_long_steps_are_those_of_their_tables(kind, stages):
     if chunks > 1 and microbatches % stages:
       continue  # Interleaving needs a multiple of the stages.
     table = make_schedule(kind, num_stages=stages, num_microbatches=microbatches, num_chunks=chunks)
-    assert _num_slots(kind, stages, microbatches, chunks) == table.num_slots + 1
+    assert num_slots(kind, stages, microbatches, chunks) == table.num_slots + 1
 
 
 @pytest.mark.parametrize('name', [name for name in LAYOUTS if not name.startswith('one stage')])
