@@ -27,9 +27,13 @@ def draw_schedules(
   figure.set_layout_engine('constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots(len(schedules), 1, squeeze=False, sharex=True)[:, 0]
+  longest = 0.0
   for ax, schedule in zip(axes, schedules, strict=True):
     draw_schedule(ax, schedule, backward_over_forward=backward_over_forward, max_ticks=max_ticks)
-  axes[-1].set_xlabel('time, in forwards of one chunk')
+    longest = max(longest, ax.get_xlim()[1])
+  # Time is shared, so each timeline has set its own end for all of them.
+  axes[-1].set_xlim(0, longest)
+  axes[-1].set_xlabel("time, in forwards of a stage's layers")
   return figure
 
 

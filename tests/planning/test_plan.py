@@ -169,6 +169,8 @@ def test_the_picture_shows_every_piece_of_work():
   for ax, table in zip(figure.axes, tables, strict=True):
     pieces = table.forward.busy.sum() + table.backward.busy.sum()
     assert len(ax.patches) == pieces
+    # On one scale of time, which ends with the longest.
+    assert ax.get_xlim()[1] == pytest.approx(max(t.time() / t.num_chunks for t in tables))
     assert {text.get_text() for text in ax.texts} == {'0', '1', '2', '3'}
     # Nothing lies on anything else.
     for stage in range(2):
