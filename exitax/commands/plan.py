@@ -142,7 +142,7 @@ def _write(plan: Plan, directory: str | None, console: Console) -> None:
   write_bytes_atomic(folder / PLAN_FILE, (text + '\n').encode())
   write_bytes_atomic(folder / LAYOUT_FILE, gin_bindings(plan.run).encode())
   if plan.schedule:
-    picture = draw_schedules([plan.schedule], max_ticks=60)
+    picture = draw_schedules([plan.schedule], max_ticks=30)
     write_bytes_atomic(folder / PICTURE_FILE, to_png(picture))
     written.append(PICTURE_FILE)
   console.print(f'written to {folder}: {", ".join(written)}')

@@ -56,6 +56,8 @@ from exitax.parallel.rules import (
 from exitax.parallel.schedule import (
   Schedule,
   ScheduleKind,
+  WorkItem,
+  WorkKind,
   WorkTable,
   bubble_formula,
   forward_schedule,
@@ -122,6 +124,8 @@ __all__ = [
   'Schedule',
   'ScheduleKind',
   'StageProgram',
+  'WorkItem',
+  'WorkKind',
   'WorkTable',
   'bubble_formula',
   'fill_bubbles',

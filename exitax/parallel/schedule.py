@@ -56,6 +56,26 @@ class WorkTable:
     return self.microbatch != IDLE
 
 
+class WorkKind(enum.Enum):
+  """What a stage does with a chunk; the value is its letter in tables."""
+
+  FORWARD = 'f'
+  LATE = 'F'  # A forward in the place of a backward.
+  BACKWARD = 'b'
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkItem:
+  """One piece of work, as text `f3` or, of the second chunk, `f3'`."""
+
+  kind: WorkKind
+  microbatch: int
+  chunk: int
+
+  def __str__(self) -> str:
+    return f'{self.kind.value}{self.microbatch}{chr(39) * self.chunk}'
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
   """Consecutive ticks of the same make: one loop of the executor.
@@ -134,6 +154,19 @@ class Schedule:
       phases.append(Phase(start, stop, has_forward, has_backward, has_late))
       start = stop
     return tuple(phases)
+
+  def work_at(self, tick: int, stage: int) -> tuple[WorkItem, ...]:
+    """What a stage does in a tick, in order; empty where it is idle."""
+    places = [(WorkKind.FORWARD, self.forward, (tick, stage))]
+    if self.late is not None:
+      lanes = range(self.late.microbatch.shape[2])
+      places += [(WorkKind.LATE, self.late, (tick, stage, lane)) for lane in lanes]
+    places.append((WorkKind.BACKWARD, self.backward, (tick, stage)))
+    return tuple(
+      WorkItem(kind, int(table.microbatch[place]), int(table.chunk[place]))
+      for kind, table, place in places
+      if table.busy[place]
+    )
 
   def num_slots_of(self, stage: int) -> int:
     """Chunks that are in flight on one stage at once, at most."""
@@ -217,22 +250,11 @@ def render_schedule(schedule: Schedule) -> str:
 
   `F` is a forward in the place of a backward.
   """
-
-  def cell(table: WorkTable, letter: str, place: tuple[int, ...]) -> str:
-    microbatch = table.microbatch[place]
-    if microbatch == IDLE:
-      return ''
-    return f'{letter}{microbatch}{chr(39) * int(table.chunk[place])}'
-
-  def cells_of(tick: int, stage: int) -> str:
-    text = cell(schedule.forward, 'f', (tick, stage))
-    if schedule.late is not None:
-      lanes = range(schedule.late.microbatch.shape[2])
-      text += ''.join(cell(schedule.late, 'F', (tick, stage, lane)) for lane in lanes)
-    return (text + cell(schedule.backward, 'b', (tick, stage))) or '.'
-
   ticks = range(schedule.num_ticks)
-  cells = [[cells_of(tick, stage) for tick in ticks] for stage in range(schedule.num_stages)]
+  cells = [
+    [''.join(map(str, schedule.work_at(tick, stage))) or '.' for tick in ticks]
+    for stage in range(schedule.num_stages)
+  ]
   widths = [max(len(row[tick]) for row in cells) for tick in ticks]
   lines = [
     f'stage {stage}  ' + ' '.join(text.ljust(w) for text, w in zip(row, widths, strict=True))

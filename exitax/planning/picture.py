@@ -10,12 +10,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from exitax.parallel import Schedule, WorkTable
+from exitax.parallel import Schedule, WorkItem, WorkKind
 
 DPI = 130
 # Okabe and Ito's blue and green, lighter for later chunks.
 _FORWARD = ('#0072B2', '#56B4E9', '#9ad1f2', '#cfe8f8')
 _BACKWARD = ('#009E73', '#5cc4a6', '#a3dfcd', '#d6f2ea')
+_LATE = ('#D55E00',)  # Partial microbatches, in the bubble.
 _MAX_LABELLED = 700  # Pieces of work; beyond, numbers would be smaller than a pixel.
 
 
@@ -53,21 +54,28 @@ def draw_schedule(
     max_ticks: draws the first ticks only.
   """
   num_ticks = min(schedule.num_ticks, max_ticks or schedule.num_ticks)
-  forward, backward = schedule.forward, schedule.backward
   is_labelled = num_ticks * schedule.num_stages <= _MAX_LABELLED
-  now = 0.0
   # Chunks of an interleaved stage are as many times shorter.
   unit = 1.0 / schedule.num_chunks
+  now = 0.0
   for tick in range(num_ticks):
-    for table, colours, length in (
-      (forward, _FORWARD, unit),
-      (backward, _BACKWARD, unit * backward_over_forward),
-    ):
-      if not table.busy[tick].any():
-        continue
-      for stage in range(schedule.num_stages):
-        _draw_work(ax, table, tick, stage, now, length, colours, is_labelled)
-      now += length
+    work = [schedule.work_at(tick, stage) for stage in range(schedule.num_stages)]
+    kinds = {item.kind for items in work for item in items}
+    middle = now + (unit if WorkKind.FORWARD in kinds else 0.0)
+    for stage, items in enumerate(work):
+      late = middle  # Forwards in the place of a backward follow each other.
+      for item in items:
+        match item.kind:
+          case WorkKind.FORWARD:
+            _draw_work(ax, item, stage, now, unit, _FORWARD, is_labelled)
+          case WorkKind.LATE:
+            _draw_work(ax, item, stage, late, unit, _LATE, is_labelled)
+            late += unit
+          case WorkKind.BACKWARD:
+            length = unit * backward_over_forward
+            _draw_work(ax, item, stage, middle, length, _BACKWARD, is_labelled)
+    is_long = kinds & {WorkKind.LATE, WorkKind.BACKWARD}
+    now = middle + (unit * backward_over_forward if is_long else 0.0)
   bubble = schedule.bubble_fraction(backward_over_forward=backward_over_forward)
   cut = (
     '' if num_ticks == schedule.num_ticks else f', first {num_ticks} of {schedule.num_ticks} ticks'
@@ -94,22 +102,18 @@ def to_png(figure: Figure) -> bytes:
 
 def _draw_work(
   ax: Axes,
-  table: WorkTable,
-  tick: int,
+  item: WorkItem,
   stage: int,
   start: float,
   length: float,
   colours: Sequence[str],
   is_labelled: bool,
 ) -> None:
-  if not table.busy[tick, stage]:
-    return
-  chunk = int(table.chunk[tick, stage])
-  colour = colours[min(chunk, len(colours) - 1)]
+  colour = colours[min(item.chunk, len(colours) - 1)]
   ax.add_patch(
     Rectangle((start, stage - 0.42), length, 0.84, facecolor=colour, edgecolor='white', lw=0.6)
   )
   if is_labelled:
-    ink = 'white' if chunk == 0 else '#222222'
-    number = str(table.microbatch[tick, stage])
-    ax.text(start + length / 2, stage, number, ha='center', va='center', color=ink, fontsize=7)
+    ink = 'white' if item.chunk == 0 else '#222222'
+    at = start + length / 2
+    ax.text(at, stage, str(item.microbatch), ha='center', va='center', color=ink, fontsize=7)

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from exitax.parallel import Chip, Schedule, format_bytes
+from exitax.parallel import Chip, Schedule, WorkKind, format_bytes
 from exitax.planning.plan import COMFORTABLE, Plan
 from exitax.planning.search import Candidate, SearchResult, describe_layout
 
@@ -205,13 +205,8 @@ def _compiled_memory(plan: Plan | None) -> Text:
 
 def _tick(schedule: Schedule, tick: int, stage: int) -> Text:
   text = Text(style='not italic')
-  for letter, table, style in (
-    ('f', schedule.forward, _FORWARD),
-    ('b', schedule.backward, _BACKWARD),
-  ):
-    if table.busy[tick, stage]:
-      marks = "'" * int(table.chunk[tick, stage])
-      text.append(f'{letter}{table.microbatch[tick, stage]}{marks}', style=style)
+  for item in schedule.work_at(tick, stage):
+    text.append(str(item), style=_BACKWARD if item.kind is WorkKind.BACKWARD else _FORWARD)
   if not text:
     text.append('.', style=_IDLE)
   return text

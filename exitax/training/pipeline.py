@@ -280,7 +280,7 @@ class PipelinedObjective:
     shards = self._mesh.shape[DATA_AXIS]
     wide = jnp.promote_types(self._model.config.precision.dtype, jnp.float32)
     by_part = batch.weights.astype(wide).reshape(shards, schedule.num_parts, -1).sum(axis=(0, 2))
-    counted = jnp.asarray(counts, by_part.dtype) @ by_part
+    counted = jnp.sum(jnp.asarray(counts, wide) * by_part, axis=1)
     return jnp.maximum(counted, 1.0) / jnp.maximum(by_part.sum(), 1.0)
 
   def _stage(

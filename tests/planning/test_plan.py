@@ -17,7 +17,7 @@ from rich.console import Console
 
 from exitax import parallel, planning
 from exitax.errors import UserError
-from exitax.parallel import MeshConfig, has_tpu_compiler, make_schedule
+from exitax.parallel import MeshConfig, fill_bubbles, has_tpu_compiler, make_schedule
 from exitax.planning import compiled as compiled_module
 from exitax.planning import target as target_module
 from exitax.training import PipelineConfig
@@ -161,6 +161,12 @@ def test_devices_that_are_here_may_borrow_a_data_sheet():
 
 
 def test_the_picture_shows_every_piece_of_work():
+  filled = fill_bubbles(
+    make_schedule('1f1b', num_stages=4, num_microbatches=4), backward_over_forward=2.0
+  )
+  (ax,) = planning.draw_schedules([filled]).axes
+  assert len(ax.patches) == 2 * 4 * 4 + 2 * 2
+  assert {text.get_text() for text in ax.texts} == set('012345')
   tables = [
     make_schedule('gpipe', num_stages=2, num_microbatches=4),
     make_schedule('interleaved', num_stages=2, num_microbatches=4, num_chunks=2),
