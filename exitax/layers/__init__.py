@@ -28,7 +28,7 @@ from exitax.layers.rotary import (
   make_rotary,
   rotate,
 )
-from exitax.layers.splash import splash_attention, suits_splash
+from exitax.layers.splash import fuses_attention, splash_attention
 
 __all__ = [
   'MASKED_LOGIT',
@@ -56,6 +56,7 @@ __all__ = [
   'drop_nothing',
   'drop_units',
   'embed_tokens',
+  'fuses_attention',
   'inverse_frequencies',
   'join_linears',
   'keep_mask',
@@ -65,6 +66,5 @@ __all__ = [
   'rms_normalise',
   'rotate',
   'splash_attention',
-  'suits_splash',
   'vocab_logits',
 ]

@@ -19,15 +19,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as masks,
 )
 
+from exitax.layers import platform
 from exitax.parallel import per_shard, shards_of
 
 LANES = 128  # The kernel's blocks are multiples of it.
 MAX_BLOCK = 512
 
 
-def suits_splash(length: int) -> bool:
-  """Whether rows of this length can be cut into the kernel's blocks."""
-  return length % LANES == 0
+def fuses_attention(length: int) -> bool:
+  """Whether packed rows of this length attend by the fused kernel, in what is being traced."""
+  return platform.target() == 'tpu' and length % LANES == 0
 
 
 def splash_attention(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from exitax.layers import AttendFn, causal_attention, platform, splash_attention, suits_splash
+from exitax.layers import AttendFn, causal_attention, fuses_attention, splash_attention
 from exitax.models.dropout import Dropout
 from exitax.models.exit_lm import ExitLM, Params
 
@@ -46,7 +46,7 @@ def packed_attend(
     positions: i32 `[batch, length]`, rising within a document.
     sliding_window: number of latest positions that are seen, or None.
   """
-  if platform.target() == 'tpu' and suits_splash(segment_ids.shape[1]):
+  if fuses_attention(segment_ids.shape[1]):
 
     def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
       mixed = splash_attention(query, key, value, segment_ids, sliding_window=sliding_window)

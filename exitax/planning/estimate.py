@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from exitax.layers import fuses_attention
 from exitax.objectives import VocabPlacement
 from exitax.parallel import (
   DATA_AXIS,
@@ -174,15 +175,9 @@ def _work(layout: Layout, chip: Chip | None) -> tuple[float, float, float]:
   blocks, heads, rest = layout.num_elements()
   blocks /= layout.plan.num_chunks  # A tick runs one chunk.
   width = layout.itemsize
-  scores = (
-    _SCORE_BYTES
-    * _CAUSAL_SHARE
-    * rows
-    * layout.plan.max_layers
-    * layout.run.model.num_heads
-    / tensor
-    * layout.length**2
-  )
+  pairs = rows * layout.plan.max_layers * layout.run.model.num_heads / tensor * layout.length**2
+  # A fused kernel's scores never leave the chip's own memory.
+  scores = 0.0 if fuses_attention(layout.length) else _SCORE_BYTES * _CAUSAL_SHARE * pairs
   one = layout.span(recompute=Recompute.NONE)
   activations = rows * (one.kept_split + one.kept_whole) / tensor
   again = 0 if layout.recompute is Recompute.NONE else 1

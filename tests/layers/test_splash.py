@@ -73,10 +73,8 @@ def test_every_device_attends_for_its_own_heads_and_rows(tensor):
     np.testing.assert_allclose(np.asarray(x)[inside], np.asarray(y)[inside], atol=2e-5)
 
 
-def test_rows_must_be_cut_into_the_kernels_blocks():
-  assert [layers.suits_splash(length) for length in (64, 128, 200, 2048)] == [
-    False,
-    True,
-    False,
-    True,
-  ]
+def test_tpus_fuse_rows_that_the_kernel_can_cut(monkeypatch):
+  lengths = (64, 128, 200, 2048)
+  assert not any(map(layers.fuses_attention, lengths))
+  monkeypatch.setattr(layers.platform, 'target', lambda: 'tpu')
+  assert [layers.fuses_attention(n) for n in lengths] == [False, True, False, True]
