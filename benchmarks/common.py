@@ -39,19 +39,21 @@ class Goal:
 
   Attributes:
     name: what it is called in the JSON and on the results page.
-    value: as measured.
+    value: as measured; None where this machine cannot measure it.
     op: `>=` or `<=`.
     goal: the bound.
   """
 
   name: str
-  value: float
+  value: float | None
   op: str
   goal: float
 
   @property
-  def met(self) -> bool:
-    """Whether the value is on the right side of the goal."""
+  def met(self) -> bool | None:
+    """Whether the value is on the right side of the goal; None if not measured."""
+    if self.value is None:
+      return None
     return bool(self.value >= self.goal if self.op == '>=' else self.value <= self.goal)
 
 
@@ -130,6 +132,8 @@ def machine() -> dict[str, Any]:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
   """Prints rows under the names of their columns; a row without a value leaves it blank."""
+  if not rows:
+    return
   columns = list(dict.fromkeys(name for row in rows for name in row))
   cells = [columns, *([_cell(row.get(name, '')) for name in columns] for row in rows)]
   widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -144,8 +148,11 @@ def finish(name: str, rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) 
   """Prints the table, the goals, met or missed, and as last line the JSON object."""
   print_table(rows)
   for goal in goals:
-    outcome = 'met' if goal.met else 'MISSED'
-    print(f'{goal.name}: {goal.value:.4g} (goal {goal.op} {goal.goal}): {outcome}')
+    bound = f'(goal {goal.op} {goal.goal})'
+    if goal.value is None:
+      print(f'{goal.name}: not measured {bound}')
+    else:
+      print(f'{goal.name}: {goal.value:.4g} {bound}: {"met" if goal.met else "MISSED"}')
   report = {
     'benchmark': name,
     'commit': commit(),
