@@ -35,7 +35,7 @@ class TorchMode:
 
 
 def make_llama(config: ModelConfig, params: Params, *, attention: str = 'sdpa') -> Any:
-  """`LlamaForCausalLM` in float32 with the weights of an exit-free, tied model of ours."""
+  """`LlamaForCausalLM` in float32 with the weights of a tied model of ours; its exits are left out."""
   model = transformers.AutoModelForCausalLM.from_config(
     transformers.LlamaConfig(
       vocab_size=config.vocab_size,
@@ -82,13 +82,7 @@ class TorchTrainer:
   ) -> None:
     self.mode = mode
     model = make_llama(config, params, attention=mode.attention).train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim == 1]
-    groups = [
-      {'params': matrices, 'weight_decay': weight_decay},
-      {'params': scales, 'weight_decay': 0.0},
-    ]
-    self.optimizer = torch.optim.AdamW(groups, fused=True, **optimizer)
+    self.optimizer = make_adamw(model, optimizer, weight_decay)
     self.model = torch.compile(model) if mode.compiled else model
     self.first_losses: list[float] = []
     self.tokens, self.targets = torch.tensor(tokens).long(), torch.tensor(targets).long()
@@ -103,6 +97,19 @@ class TorchTrainer:
     loss.backward()
     self.optimizer.step()
     return loss.item()
+
+
+def make_adamw(
+  model: torch.nn.Module, optimizer: dict[str, Any], weight_decay: float
+) -> torch.optim.Optimizer:
+  """Fused AdamW; norms are not decayed."""
+  matrices = [p for p in model.parameters() if p.ndim > 1]
+  scales = [p for p in model.parameters() if p.ndim == 1]
+  groups = [
+    {'params': matrices, 'weight_decay': weight_decay},
+    {'params': scales, 'weight_decay': 0.0},
+  ]
+  return torch.optim.AdamW(groups, fused=True, **optimizer)
 
 
 def _weights(config: ModelConfig, params: Params) -> dict[str, Any]:

@@ -23,6 +23,13 @@ CONFIG = ModelConfig(
 LENGTH, BATCH = 256, 8
 LEARNING_RATE = 1e-3
 OPTIMIZER = OptimizerConfig(clip_norm=0.0)  # Plain AdamW.
+# The same for `torch.optim.AdamW`; weight decay is for matrices alone.
+TORCH_OPTIMIZER: dict[str, Any] = {
+  'lr': LEARNING_RATE,
+  'betas': (OPTIMIZER.beta1, OPTIMIZER.beta2),
+  'eps': OPTIMIZER.epsilon,
+}
+EXIT_WEIGHT = 0.3  # Of every exit's loss, beside 1 for the final one.
 
 
 class OurTrainer:
@@ -32,7 +39,7 @@ class OurTrainer:
     self.config = config
     schedule = optax.constant_schedule(LEARNING_RATE)
     optimizer = make_optimizer(OPTIMIZER, schedule)
-    objective = ObjectiveConfig(exit_weights=(ExitWeight(start=0.3),) * len(config.exits))
+    objective = ObjectiveConfig(exit_weights=(ExitWeight(start=EXIT_WEIGHT),) * len(config.exits))
     step = make_train_step(ExitLM(config), optimizer, objective=objective, schedule=schedule)
     params = jax.tree.map(jnp.copy, params)
     self._state = TrainState(
@@ -59,15 +66,17 @@ class OurTrainer:
     self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
 
 
-def make_batch(batch_size: int) -> Batch:
+def make_batch(
+  batch_size: int, *, length: int = LENGTH, vocab_size: int = CONFIG.vocab_size
+) -> Batch:
   """Random tokens, one document a row."""
   rng = np.random.default_rng(0)
-  tokens = rng.integers(0, CONFIG.vocab_size, (batch_size, LENGTH + 1)).astype(np.int32)
-  shape = (batch_size, LENGTH)
+  tokens = rng.integers(0, vocab_size, (batch_size, length + 1)).astype(np.int32)
+  shape = (batch_size, length)
   return Batch(
     tokens=tokens[:, :-1].copy(),
     targets=tokens[:, 1:].copy(),
     segment_ids=np.ones(shape, np.int32),
-    positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape).copy(),
+    positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
     weights=np.ones(shape, np.float32),
   )

@@ -32,7 +32,7 @@ from common import (
   seconds_of,
 )
 from llama_twin import TorchMode, TorchTrainer
-from our_step import BATCH, CONFIG, LEARNING_RATE, LENGTH, OPTIMIZER, OurTrainer, make_batch
+from our_step import BATCH, CONFIG, LENGTH, OPTIMIZER, TORCH_OPTIMIZER, OurTrainer, make_batch
 from step_products import StepProducts
 
 from exitax.data import Batch
@@ -162,11 +162,7 @@ def _torch_trainer(params: Any, batch: Batch, mode: TorchMode) -> TorchTrainer:
     np.asarray(batch.tokens),
     np.asarray(batch.targets),
     mode=mode,
-    optimizer={
-      'lr': LEARNING_RATE,
-      'betas': (OPTIMIZER.beta1, OPTIMIZER.beta2),
-      'eps': OPTIMIZER.epsilon,
-    },
+    optimizer=TORCH_OPTIMIZER,
     weight_decay=OPTIMIZER.weight_decay,
   )
 
