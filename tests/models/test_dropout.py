@@ -194,7 +194,7 @@ def test_heads_read_what_was_dropped_and_drop_nothing(head):
   params = model.init(jax.random.key(0))
   batch = _batch()
   rotary = model.rotary(batch['positions'])
-  attend = models.packed_attend(models.packed_mask(batch['segment_ids'], batch['positions'], None))
+  attend = models.packed_attend(batch['segment_ids'], batch['positions'], None)
   hidden = dropout.drop_embedding(model.embed(params, batch['tokens']))
   kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend, dropout=dropout)
   wanted, _ = model.exit_features(params, config.exits[0], kept[0], rotary=rotary, attend=attend)

@@ -104,15 +104,18 @@ def start(subprocess_env: dict[str, str]) -> Iterator[Start]:
       f'--emulate_devices={devices}',
       *(f'--{name}={value}' for name, value in flags.items()),
     ]
-    places = [
-      [
-        f'--coordinator_address=localhost:{port}',
-        f'--num_processes={processes}',
-        f'--process_id={i}',
-      ]
-      for i in range(processes)
-    ]
-    new = [Host([*command, *(place if processes > 1 else [])], subprocess_env) for place in places]
+    new = []
+    for i in range(processes):
+      place, environment = [], dict(subprocess_env)
+      if cluster == 'slurm':
+        place, environment = ['--multihost'], environment | _slurm(i, processes)
+      elif processes > 1:
+        place = [
+          f'--coordinator_address=localhost:{port}',
+          f'--num_processes={processes}',
+          f'--process_id={i}',
+        ]
+      new.append(Host([*command, *place], environment))
     hosts.extend(new)
     return new
 
@@ -198,41 +201,52 @@ def test_four_processes_that_share_data_and_stages_go_on_as_one_would(
 ) -> None:
   """Data 2 x pipeline 2 x tensor 2: each pair of processes loads the same rows.
 
-  They resume what one process saved, and are told of each other as the tasks of a job of SLURM.
+  They resume what one process saved, told of each other as the tasks of a job of SLURM; then once
+  more, where one of them is killed and all are started again.
   """
-  config = host_run.make_config(tmp_path, (2, 2, 2), train_steps=4, checkpoint_period=2)
+  steps = {'train_steps': 6, 'checkpoint_period': 2}
+  config = host_run.make_config(tmp_path, (2, 2, 2), **steps)
   alone = training.train(config, tmp_path / 'alone')
-  shutil.copytree(tmp_path / 'alone', tmp_path / 'four')
-  shutil.rmtree(tmp_path / 'four' / 'checkpoints' / '4')
-  hosts = start(
-    tmp_path / 'four',
-    processes=4,
-    devices=2,
-    mesh='2,2,2',
-    cluster='slurm',
-    train_steps=4,
-    checkpoint_period=2,
-  )
+  run = {'processes': 4, 'devices': 2, 'mesh': '2,2,2', 'cluster': 'slurm', **steps}
+  for name in ('straight', 'killed'):
+    shutil.copytree(tmp_path / 'alone', tmp_path / name)
+    for step in ('4', '6'):
+      shutil.rmtree(tmp_path / name / 'checkpoints' / step)
+
+  hosts = start(tmp_path / 'straight', **run)
   for host in hosts:
     assert host.end() == 0, host.told()
     assert 'start 4 8' in host.lines
-    assert [line for line in host.lines if line.startswith('step')] == ['step 3', 'step 4']
-    assert host.lines[-1] == 'done 4'
+    assert [x for x in host.lines if x.startswith('step')] == [f'step {n}' for n in (3, 4, 5, 6)]
+    assert host.lines[-1] == 'done 6'
   lines = {
     name: [line for line in training.read_metrics(tmp_path / name) if 'train/loss' in line]
-    for name in ('four', 'alone')
+    for name in ('straight', 'alone')
   }
-  assert [line['step'] for line in lines['four']] == [1, 2, 3, 4]
-  for four, one in zip(lines['four'], lines['alone'], strict=True):
+  assert [line['step'] for line in lines['straight']] == [1, 2, 3, 4, 5, 6]
+  for four, one in zip(lines['straight'], lines['alone'], strict=True):
     for name in ('train/loss', 'gradient_norm', 'train/exit_1/nll', 'train/final/accuracy'):
       assert four[name] == pytest.approx(one[name], rel=2e-5), (name, four['step'])
-  step, params = _params(tmp_path / 'four')
-  assert step == 4
+  step, params = _params(tmp_path / 'straight')
+  assert step == 6
   jax.tree.map(
-    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5),
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5),
     params,
     jax.device_get(alone.params),
   )
+
+  hosts = start(tmp_path / 'killed', pause=0.3, heartbeat_timeout_seconds=30, **run)
+  hosts[0].wait_for('step 5')
+  os.kill(hosts[3].process.pid, signal.SIGKILL)
+  for host in hosts[:3]:
+    assert host.end(NOTICE_SECONDS) != 0, host.told()
+  hosts = start(tmp_path / 'killed', **run)
+  for host in hosts:
+    assert host.end() == 0, host.told()
+    assert host.lines[-1] == 'done 6'
+  step, again = _params(tmp_path / 'killed')
+  assert step == 6
+  jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 @pytest.mark.slow
