@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -206,6 +207,7 @@ def test_four_processes_that_share_data_and_stages_go_on_as_one_would(
   """
   steps = {'train_steps': 6, 'checkpoint_period': 2}
   config = host_run.make_config(tmp_path, (2, 2, 2), **steps)
+  config = dataclasses.replace(config, checkpoint=checkpoint.CheckpointConfig(keep_latest=3))
   alone = training.train(config, tmp_path / 'alone')
   run = {'processes': 4, 'devices': 2, 'mesh': '2,2,2', 'cluster': 'slurm', **steps}
   for name in ('straight', 'killed'):
