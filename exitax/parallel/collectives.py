@@ -172,6 +172,16 @@ class _Module:
       if iota.group(3):
         ids = ids.transpose(_integers(iota.group(3)))
       return ids.reshape(shape)
+    # XLA of jax 0.12 names axes: replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}.
+    named = re.search(r'replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}', rest)
+    if named:
+      sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+      meeting = re.findall(r"'(\w+)'", named.group(2))
+      ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+      apart = [name for name in sizes if name not in meeting]
+      order = [list(sizes).index(name) for name in (*apart, *meeting)]
+      size = math.prod(sizes[name] for name in meeting)
+      return ids.transpose(order).reshape(-1, size)
     listed = re.search(r'replica_groups=\{(\{[\d,{}]+\})\}', rest)
     if listed:
       return np.asarray(

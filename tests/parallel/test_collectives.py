@@ -150,6 +150,16 @@ def test_what_the_tpu_compiler_writes():
   )
 
 
+def test_groups_may_be_named_by_the_axes_of_a_mesh():
+  text = TPU.replace(
+    'replica_groups=[4,2]<=[2,4]T(1,0)',
+    "replica_groups=mesh['data'=2,'pipeline'=2,'tensor'=2] {'data','tensor'}",
+  )
+  assert collectives_in(text, MESH())[-1] == Collective(
+    'all-reduce', ('data', 'tensor'), 1, 2 * 8 * 128 * 4 * 3 // 4
+  )
+
+
 def test_a_program_on_one_device_has_none():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   text = jax.jit(lambda x: x @ x).lower(np.ones((4, 4), np.float32)).compile().as_text()
