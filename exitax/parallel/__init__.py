@@ -17,6 +17,7 @@ from exitax.parallel.collectives import Collective, collectives_in
 from exitax.parallel.constraint import constrain, current_rules, per_shard, shards_of, use
 from exitax.parallel.distributed import ProcessConfig, join_processes, leave
 from exitax.parallel.emulation import COLLECTIVES_IN_ORDER, emulate_devices
+from exitax.parallel.exchange import gather_parameter, gather_stages, reduce_gradient
 from exitax.parallel.flops import FlopCount, count_flops, count_jaxpr_flops
 from exitax.parallel.mesh import (
   DATA_AXIS,
@@ -27,15 +28,7 @@ from exitax.parallel.mesh import (
   divisors,
   make_mesh,
 )
-from exitax.parallel.pipeline import (
-  Keep,
-  PipelineResult,
-  StageProgram,
-  gather_parameter,
-  gather_stages,
-  reduce_gradient,
-  run_pipeline,
-)
+from exitax.parallel.pipeline import Keep, PipelineResult, StageProgram, run_pipeline
 from exitax.parallel.report import (
   ParameterReport,
   ParameterRow,

@@ -52,9 +52,7 @@ class Layout:
     self.data, self.stages, self.tensor = mesh.data, mesh.pipeline, mesh.tensor
     # Caches go by the model's shape: searches vary what is recomputed.
     self.shape = dataclasses.replace(run.model, remat=Remat.NONE)
-    self.parameters, _ = _parameters(
-      self.shape, run.sharding, (mesh.data, mesh.pipeline, mesh.tensor)
-    )
+    self.parameters = _parameters(self.shape, run.sharding, (mesh.data, mesh.pipeline, mesh.tensor))
     self.length = run.data.length
     self.sequence_split = run.sharding.sequence is SequenceSharding.TENSOR and self.tensor > 1
     parts = run.loop.accumulation_steps
@@ -169,15 +167,13 @@ def num_slots(kind: ScheduleKind, stages: int, microbatches: int, chunks: int) -
 
 
 @functools.cache
-def _parameters(
-  config: ModelConfig, rules: ShardingRules, mesh: tuple[int, ...]
-) -> tuple[int, int]:
-  """Bytes of the parameters: on a device, and of one full copy."""
+def _parameters(config: ModelConfig, rules: ShardingRules, mesh: tuple[int, ...]) -> int:
+  """Bytes of the parameters on a device."""
   model = ExitLM(config)
   report = parameter_report(
     model.abstract_params(), model.logical_axes(), AbstractMesh(mesh, MESH_AXES), rules
   )
-  return report.bytes_per_device, report.bytes_total
+  return report.bytes_per_device
 
 
 @functools.cache

@@ -79,7 +79,7 @@ class Plan:
       'compiled_for': self.target.platform if compiled else None,
       'chip': chip.name if chip else None,
       'num_devices': len(self.target.devices),
-      'mesh': self.run.mesh.resolve(len(self.target.devices)).sizes,
+      'mesh': self.run.mesh.sizes,
       'fits': self.fits,
       'memory_bytes': self.memory_bytes,
       'memory_limit': self.memory_limit,
@@ -95,6 +95,8 @@ def make_plan(run: RunConfig, target: Target, *, compile: bool = True) -> Plan:
   Raises:
     UserError: a mesh that does not suit devices, model or batch.
   """
+  # With what -1 stands for: layouts are described, and written, by their sizes.
+  run = dataclasses.replace(run, mesh=run.mesh.resolve(len(target.devices)))
   assembly = assemble(run, make_mesh(run.mesh, target.devices))
   with use(target.one_device(), run.sharding):
     costs = estimate(run, len(target.devices), target.chip)

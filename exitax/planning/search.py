@@ -17,11 +17,6 @@ from exitax.training import Recompute, RunConfig
 
 _ROWS = (1, 2, 4, 8, 16)
 _CHUNKS = (2, 4)
-_REMAT = {
-  Recompute.NONE: Remat.NONE,
-  Recompute.SELECTIVE: Remat.DOTS,
-  Recompute.LAYER: Remat.FULL,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +143,7 @@ def gin_bindings(run: RunConfig) -> str:
 
 
 def _unstaged(run: RunConfig, num_parts: int) -> Iterator[RunConfig]:
-  for remat in _REMAT.values():
+  for remat in Remat:
     yield dataclasses.replace(
       run,
       loop=dataclasses.replace(run.loop, accumulation_steps=num_parts),

@@ -30,7 +30,9 @@ def test_a_plan_is_printed_and_written(exitax, tmp_path):
   assert written['mesh'] == {'data': 4, 'pipeline': 2, 'tensor': 1}
   assert written['compiled']['collectives']
   assert (tmp_path / 'schedule.png').read_bytes().startswith(b'\x89PNG')
-  assert 'MeshConfig.pipeline = 2' in (tmp_path / 'layout.gin').read_text()
+  layout = (tmp_path / 'layout.gin').read_text()
+  assert 'MeshConfig.pipeline = 2' in layout
+  assert 'MeshConfig.data = 4' in layout  # What -1 stood for.
 
 
 def test_arithmetic_alone_takes_no_compiler(exitax):

@@ -158,7 +158,8 @@ def test_more_recomputation_takes_less_memory_and_more_flops():
 def test_time_and_utilisation_follow_from_the_parts():
   found, _ = _estimated(LAYOUTS['layer'])
   time = found.time
-  assert time.compute >= max(time.arithmetic, 0)
+  # Tick by tick the larger of the two is no less than either in all.
+  assert time.compute >= max(time.arithmetic, time.traffic) * (1 - 1e-9)
   assert set(time.links) == {'data', 'pipeline', 'tensor'}
   assert time.step == pytest.approx(time.compute + sum(time.links.values()))
   assert found.mfu == pytest.approx(found.model_flops / (time.step * 8 * V5E.bf16_flops))
