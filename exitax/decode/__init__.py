@@ -2,21 +2,32 @@
 
 # The front.
 # State.
-from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
-
 # Policies.
-from exitax.decode.confidence import Confidence
+from exitax.decode.acceptance import Acceptance
+from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
+from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit
+from exitax.decode.depth import ExitPlan, Filling
+from exitax.decode.draft_choice import DraftCosts, DraftStats, estimate_costs, tokens_per_round
 
 # The primitive and the loop.
 from exitax.decode.extend import Extension, extend
 from exitax.decode.generate import begin, generate, make_requests, prepare_params, stream
 from exitax.decode.lanes import Causal, KeyColumns, Lanes, Visibility, consecutive_lanes
 from exitax.decode.loop import prefill_chunk, run_steps, step
-from exitax.decode.policies import DeferredExit, ExitPlan, ExitPolicy, FullDepth, Record
+from exitax.decode.plan import Agreement, Gain, Record, StepPlan
+from exitax.decode.policies import (
+  CopyStateExit,
+  DeferredExit,
+  ExitPolicy,
+  FullDepth,
+  RecomputeExit,
+  Speculative,
+  ThresholdExit,
+)
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
+from exitax.decode.speculation import STATS, DraftPlan
 from exitax.decode.state import (
-  Agreement,
   DecodeState,
   ExitRecord,
   Requests,
@@ -26,32 +37,47 @@ from exitax.decode.state import (
 )
 
 __all__ = [
+  'Acceptance',
   'Agreement',
   'Causal',
   'Completion',
   'Confidence',
+  'CopyStateExit',
   'DecodeState',
   'DeferredExit',
+  'DraftCosts',
+  'DraftPlan',
+  'DraftStats',
   'ExitPlan',
   'ExitPolicy',
   'ExitRecord',
   'Extension',
+  'Filling',
   'FullDepth',
+  'Gain',
   'GenerateResult',
   'KVCache',
   'KeyColumns',
   'Lanes',
   'LayerCache',
+  'OF_SCORES',
+  'RecomputeExit',
   'Record',
   'Requests',
+  'STATS',
   'Sampler',
+  'Speculative',
   'StopReason',
+  'StepPlan',
   'StreamEvent',
+  'ThresholdExit',
   'Visibility',
   'begin',
   'choose_tokens',
+  'classifier_logit',
   'completions_since',
   'consecutive_lanes',
+  'estimate_costs',
   'extend',
   'filter_logits',
   'gather_rows',
@@ -65,6 +91,7 @@ __all__ = [
   'step',
   'stream',
   'token_key',
+  'tokens_per_round',
   'truncate',
   'write_layer',
 ]

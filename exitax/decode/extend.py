@@ -82,5 +82,43 @@ def extend(
   return Extension(hidden=hidden, cache=cache, head_features=head_features)
 
 
+def copy_state(
+  model: ExitLM,
+  params: Params,
+  cache: KVCache,
+  stream: jax.Array,
+  lanes: Lanes,
+  *,
+  layers: range,
+) -> KVCache:
+  """Caches lanes in `layers` as if these left their stream unchanged (CALM, arXiv 2207.07061).
+
+  Each layer's keys and values are made of the same `stream` `[rows, lanes, embed]`; whatever else a
+  layer computes is used by nobody, and the compiler leaves it out.
+  """
+  rotary = model.rotary(lanes.position, below=model.config.max_length)
+  filled, heads = list(cache.layers), dict(cache.heads)
+
+  def write_to(entry: LayerCache) -> AttendFn:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+      return query, write_layer(entry, key, value, lanes)
+
+    return attend
+
+  for layer in layers:
+    attend = (write_to(filled[layer]),)
+    _, (filled[layer],) = model.run_layers(
+      params, stream, layers=range(layer, layer + 1), rotary=rotary, attend=attend
+    )
+    depth = layer + 1
+    if depth in heads:
+      exit_config = _exit_at(model, depth)
+      _, heads[depth] = model.exit_features(
+        params, exit_config, stream, rotary=rotary, attend=write_to(heads[depth])
+      )
+  columns = mark_columns(cache.columns, lanes)
+  return dataclasses.replace(cache, layers=tuple(filled), heads=heads, columns=columns)
+
+
 def _exit_at(model: ExitLM, layer: int) -> ExitConfig:
   return next(item for item in model.config.exits if item.layer == layer)

@@ -11,7 +11,8 @@ import numpy as np
 
 from exitax.decode.lanes import Causal
 from exitax.decode.loop import prefill_chunk, run_steps
-from exitax.decode.policies import ExitPlan, ExitPolicy, FullDepth
+from exitax.decode.plan import StepPlan
+from exitax.decode.policies import ExitPolicy, FullDepth
 from exitax.decode.results import GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler
 from exitax.decode.state import NO_TOKEN, DecodeState, Requests, init_state
@@ -126,10 +127,8 @@ def begin(
   num_prefilled = int(lengths.max()) - 1
   chunk = min(prefill_chunk_size, _next_power_of_two(num_prefilled))
   num_chunks = -(-num_prefilled // chunk)
-  # The last windows of lanes, padding included, must fit: prefill's, and that of the deep layers,
-  # which starts at the last token but one at the latest (the last one is never fed).
-  overhang = max(plan.pending_capacity - 2, 0)
-  longest = max(int(lengths.max()) + max_new_tokens + overhang, num_chunks * chunk)
+  # The last windows of lanes, padding included, must fit: prefill's, and those of the steps.
+  longest = max(int(lengths.max()) + max_new_tokens + plan.overhang, num_chunks * chunk)
   tokens = np.zeros((len(prompts), _round_up(longest, CAPACITY_STEP)), np.int32)
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt)] = prompt
@@ -174,7 +173,7 @@ class _Run:
 
   model: ExitLM
   params: Params
-  plan: ExitPlan
+  plan: StepPlan
   visibility: Causal
 
   def __call__(self, state: DecodeState, num_steps: int) -> DecodeState:

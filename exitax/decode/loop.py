@@ -7,13 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from exitax.decode.commit import commit
 from exitax.decode.compiling import decode_jit
-from exitax.decode.depth import Decision, pass_depths
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
-from exitax.decode.policies import ExitPlan
-from exitax.decode.sampler import choose_tokens
-from exitax.decode.state import DecodeState, StopReason
+from exitax.decode.plan import StepPlan
+from exitax.decode.state import DecodeState
 from exitax.models import ExitLM, Params
 
 
@@ -43,14 +42,11 @@ def prefill_chunk(
 
 
 def step(
-  model: ExitLM, params: Params, state: DecodeState, *, plan: ExitPlan, visibility: Visibility
+  model: ExitLM, params: Params, state: DecodeState, *, plan: StepPlan, visibility: Visibility
 ) -> DecodeState:
-  """Feeds each active row's newest token and appends the next one. Pure; composed by `run_steps`."""
-  newest = jnp.take_along_axis(state.tokens, state.fill[:, :1], axis=1, mode='clip')
-  hidden = model.embed(params, newest)
-  state, decision = pass_depths(model, params, state, hidden, plan=plan, visibility=visibility)
-  token = choose_tokens(decision.logits, state.requests, state.step)
-  return _commit(state, decision, token)
+  """Feeds each active row's newest token and appends what follows. Pure; composed by `run_steps`."""
+  state, gain = plan.advance(model, params, state, visibility=visibility)
+  return commit(state, gain)
 
 
 @decode_jit(static=('model', 'plan', 'visibility'), donated=('state',))
@@ -60,8 +56,9 @@ def run_steps(
   state: DecodeState,
   num_steps: jax.Array | int,
   *,
-  plan: ExitPlan,
+  plan: StepPlan,
   visibility: Visibility,
+  rows: jax.Array | None = None,
 ) -> DecodeState:
   """Steps until every row is done, `num_steps` times at most; `state` is donated.
 
@@ -70,9 +67,13 @@ def run_steps(
     params: parameters after `prepare_params`.
     state: after prefill.
     num_steps: traced, so that streaming a few tokens per call is the same program.
-    plan: the exit policy's static part.
+    plan: the policy's static part.
     visibility: which keys a token sees.
+    rows: bool `[rows]`, those to advance; None advances all. Rows of one state may take turns under
+      different plans.
   """
+  held = jnp.zeros_like(state.done) if rows is None else ~state.done & ~rows
+  state = dataclasses.replace(state, done=state.done | held)
 
   def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
     state, steps = carry
@@ -83,31 +84,4 @@ def run_steps(
     return step(model, params, state, plan=plan, visibility=visibility), steps + 1
 
   state, _ = jax.lax.while_loop(unfinished, advance, (state, jnp.int32(0)))
-  return state
-
-
-def _commit(state: DecodeState, decision: Decision, token: jax.Array) -> DecodeState:
-  """Appends the tokens, records how they were chosen, and ends rows."""
-  active = ~state.done
-  here = (jnp.arange(state.tokens.shape[1]) == state.length[:, None]) & active[:, None]
-
-  def put(array: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.where(here, value[:, None], array)
-
-  generated = state.step + active.astype(jnp.int32)
-  stopped = active & jnp.any(token[:, None] == state.requests.stop_tokens, axis=1)
-  spent = active & (generated >= state.requests.budget) & ~stopped
-  reason = jnp.where(stopped, StopReason.STOP_TOKEN, state.stop_reason)
-  return dataclasses.replace(
-    state,
-    tokens=put(state.tokens, token),
-    step=generated,
-    done=state.done | stopped | spent,
-    stop_reason=jnp.where(spent, StopReason.BUDGET, reason),
-    aux=dataclasses.replace(
-      state.aux,
-      exit_layer=put(state.aux.exit_layer, decision.exit_layer),
-      confidence=put(state.aux.confidence, decision.confidence),
-      agreement=put(state.aux.agreement, decision.agreement),
-    ),
-  )
+  return dataclasses.replace(state, done=state.done & ~held)

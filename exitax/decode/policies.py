@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
-import itertools
 from typing import Protocol
 
-from exitax.decode.confidence import Confidence
+from exitax.decode.acceptance import Acceptance
+from exitax.decode.confidence import OF_SCORES, Confidence
+from exitax.decode.depth import ExitPlan, Filling
+from exitax.decode.draft_choice import DraftCosts, draft_buckets, estimate_costs
+from exitax.decode.plan import Record, StepPlan
+from exitax.decode.speculation import DraftPlan
 from exitax.errors import UserError
-from exitax.layers import HeadKind
 from exitax.models import ExitConfig, ModelConfig
 
-
-class Record(enum.Enum):
-  """What is recorded of each decision."""
-
-  DECISION = 'decision'  # Exit layer and confidence; agreement where the final layer decided.
-  AGREEMENT = 'agreement'  # Every token goes on to the final layer, to compare: no time is saved.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitPlan:
-  """The static part of a policy: what a step is compiled for. Thresholds are data.
-
-  Attributes:
-    exits: the exits in use, by ascending layer.
-    num_layers: layers of the model.
-    confidence: what is compared with the thresholds.
-    pending_capacity: tokens of a row that deep layers may lag behind before they must catch up.
-    lane_buckets: numbers of lanes that deep layers are compiled for; the last is the capacity.
-    record: what is recorded.
-  """
-
-  exits: tuple[ExitConfig, ...]
-  num_layers: int
-  confidence: Confidence
-  pending_capacity: int = 1
-  lane_buckets: tuple[int, ...] = (1,)
-  record: Record = Record.DECISION
-
-  @property
-  def segments(self) -> tuple[range, ...]:
-    """Spans of layers between exits: `[0:l1], [l1:l2], ..., [ln:L]`."""
-    cuts = (0, *(item.layer for item in self.exits), self.num_layers)
-    return tuple(range(a, b) for a, b in itertools.pairwise(cuts))
-
-  @property
-  def head_layers(self) -> tuple[int, ...]:
-    """Layers of the exits that need cache entries of their own."""
-    return tuple(item.layer for item in self.exits if item.head is HeadKind.LAYER)
+MAX_DRAFTS = 31  # Lanes are padded to a power of 2; more would rarely all be accepted.
 
 
 class ExitPolicy(Protocol):
   """What `generate` asks of a policy."""
 
-  def plan(self, config: ModelConfig) -> ExitPlan:
+  def plan(self, config: ModelConfig) -> StepPlan:
     """The static part."""
     ...
 
@@ -70,56 +35,41 @@ class FullDepth:
 
   Attributes:
     confidence: what is recorded of the final layer.
+    num_top: alternatives whose log-probabilities are recorded per token.
   """
 
   confidence: Confidence = Confidence.MAX_PROB
+  num_top: int = 0
 
   def plan(self, config: ModelConfig) -> ExitPlan:
-    return ExitPlan(exits=(), num_layers=config.num_layers, confidence=self.confidence)
+    return ExitPlan(
+      exits=(), num_layers=config.num_layers, confidence=self.confidence, num_top=self.num_top
+    )
 
   def thresholds(self, config: ModelConfig) -> tuple[float, ...]:
     return ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeferredExit:
-  """Stops at the first exit that is confident enough; deep layers catch up later, exactly.
-
-  The hidden state at the exit is kept. When a token of the row goes deep, only the deep layers run,
-  over all kept tokens at once, so that every cached key is that of a full pass: tokens are those of
-  a model that computes everything and takes the first confident exit (FREE, arXiv 2310.05424).
+class ThresholdExit:
+  """Stops at the first exit that is confident enough: what the three policies below share.
 
   Attributes:
     threshold: in [0, 1], one for all exits or one per exit. Confidence must be above it: 1.0 never
       exits. Sweeping it does not recompile.
     confidence: what is compared with it.
     layers: layers of the exits to use; None uses all of the model's.
-    pending_capacity: tokens of a row that may wait; then they are filled even if nobody goes deep.
-    record: what is recorded.
+    patience: exits in a row that must agree, for `Confidence.PATIENCE`.
+    decay: how fast thresholds fall with the tokens generated (CALM uses 4); 0 keeps them.
+    num_top: alternatives whose log-probabilities are recorded per token.
   """
 
   threshold: float | tuple[float, ...]
   confidence: Confidence = Confidence.MAX_PROB
   layers: tuple[int, ...] | None = None
-  pending_capacity: int = 16
-  record: Record = Record.DECISION
-
-  def plan(self, config: ModelConfig) -> ExitPlan:
-    """The static part.
-
-    Raises:
-      UserError: an exit that the model lacks, or a capacity below 1.
-    """
-    if self.pending_capacity < 1:
-      raise UserError(f'pending_capacity={self.pending_capacity} must be at least 1')
-    return ExitPlan(
-      exits=self._exits(config),
-      num_layers=config.num_layers,
-      confidence=self.confidence,
-      pending_capacity=self.pending_capacity,
-      lane_buckets=lane_buckets(self.pending_capacity),
-      record=self.record,
-    )
+  patience: int = 2
+  decay: float = 0.0
+  num_top: int = 0
 
   def thresholds(self, config: ModelConfig) -> tuple[float, ...]:
     """One threshold per exit in use.
@@ -127,7 +77,7 @@ class DeferredExit:
     Raises:
       UserError: a threshold outside [0, 1], or not one per exit.
     """
-    num_exits = len(self._exits(config))
+    num_exits = len(chosen_exits(config, self.layers))
     values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * num_exits
     if len(values) != num_exits:
       raise UserError(
@@ -139,15 +89,171 @@ class DeferredExit:
         raise UserError(f'threshold={value} is outside [0, 1]: 0 exits first, 1 never exits early')
     return values
 
-  def _exits(self, config: ModelConfig) -> tuple[ExitConfig, ...]:
-    if self.layers is None:
-      return config.exits
-    known = {item.layer: item for item in config.exits}
-    for layer in self.layers:
-      if layer not in known:
-        listed = ', '.join(map(str, known)) or 'none'
-        raise UserError(f'no exit at layer {layer}: the model has exits at layers {listed}')
-    return tuple(known[layer] for layer in sorted(set(self.layers)))
+  def _plan(
+    self, config: ModelConfig, filling: Filling, pending_capacity: int, record: Record
+  ) -> ExitPlan:
+    if pending_capacity < 1:
+      raise UserError(f'pending_capacity={pending_capacity} must be at least 1')
+    if self.patience < 1:
+      raise UserError(f'patience={self.patience} must be at least 1')
+    if not self.decay >= 0.0:
+      raise UserError(f'decay={self.decay} must be 0 (thresholds stay) or more; CALM uses 4')
+    return ExitPlan(
+      exits=chosen_exits(config, self.layers),
+      num_layers=config.num_layers,
+      confidence=self.confidence,
+      patience=self.patience,
+      decay=self.decay,
+      filling=filling,
+      pending_capacity=pending_capacity,
+      lane_buckets=lane_buckets(pending_capacity),
+      record=record,
+      num_top=self.num_top,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeferredExit(ThresholdExit):
+  """Deep layers catch up later, exactly.
+
+  The hidden state at the exit is kept. When a token of the row goes deep, only the deep layers run,
+  over all kept tokens at once, so that every cached key is that of a full pass: tokens are those of
+  a model that computes everything and takes the first confident exit (FREE, arXiv 2310.05424).
+
+  Attributes:
+    pending_capacity: tokens of a row that may wait; then they are filled even if nobody goes deep.
+    record: what is recorded.
+  """
+
+  pending_capacity: int = 16
+  record: Record = Record.DECISION
+
+  def plan(self, config: ModelConfig) -> ExitPlan:
+    """The static part.
+
+    Raises:
+      UserError: an exit that the model lacks, or a capacity below 1.
+    """
+    return self._plan(config, Filling.DEFERRED, self.pending_capacity, self.record)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecomputeExit(ThresholdExit):
+  """Tokens that exited run again from the first layer, with those that follow, until one goes deep.
+
+  EE-LLM's KV recomputation (arXiv 2312.04916, section 4.1). The same tokens as `DeferredExit` at
+  the same thresholds, for more work: it is here to be compared with.
+
+  Attributes:
+    pending_capacity: tokens that may be owed; then a deep pass fills the caches, and the token that
+      was chosen early stands.
+    record: what is recorded.
+  """
+
+  pending_capacity: int = 16
+  record: Record = Record.DECISION
+
+  def plan(self, config: ModelConfig) -> ExitPlan:
+    """The static part; raises as `DeferredExit.plan`."""
+    return self._plan(config, Filling.RECOMPUTED, self.pending_capacity, self.record)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CopyStateExit(ThresholdExit):
+  """Deep keys and values are made of the stream at the exit, at once (CALM, arXiv 2207.07061).
+
+  Approximate: later tokens attend to keys that the model was not trained to see, and tokens may
+  differ from those of `DeferredExit`. Nothing is ever owed.
+  """
+
+  def plan(self, config: ModelConfig) -> ExitPlan:
+    """The static part; raises as `DeferredExit.plan`."""
+    return self._plan(config, Filling.COPIED, 1, Record.DECISION)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speculative:
+  """Drafts with the first layers and verifies with the rest: the tokens of full depth, sooner.
+
+  Where to draft and how far is chosen before every round from what exits have agreed on lately and
+  what rounds cost (DEL, arXiv 2504.05598); exits that do not help are left alone.
+
+  Attributes:
+    exit_layer: drafts after this layer always; None chooses. Needs `num_drafts`.
+    num_drafts: drafts of every round; None chooses. Needs `exit_layer`.
+    max_drafts: most drafts of a round.
+    layers: exits to choose from; None means all of the model's.
+    acceptance: the rule for sampled rows.
+    costs: what rounds cost here (see `exitax advise`); None estimates it from the model's shape.
+    confidence: what is recorded of the scores that chose a token.
+    pending_capacity: room for the waiting tokens of other plans for the same state.
+    num_top: alternatives whose log-probabilities are recorded per token.
+  """
+
+  exit_layer: int | None = None
+  num_drafts: int | None = None
+  max_drafts: int = 7
+  layers: tuple[int, ...] | None = None
+  acceptance: Acceptance = Acceptance.COUPLED
+  costs: DraftCosts | None = None
+  confidence: Confidence = Confidence.MAX_PROB
+  pending_capacity: int = 1
+  num_top: int = 0
+
+  def plan(self, config: ModelConfig) -> DraftPlan:
+    """The static part.
+
+    Raises:
+      UserError: a model without exits, an exit that it lacks, drafts out of range.
+    """
+    exits = chosen_exits(config, self.layers)
+    if not exits:
+      raise UserError('speculation drafts at exits, and this model has none: use full depth')
+    if (self.exit_layer is None) != (self.num_drafts is None):
+      raise UserError('exit_layer and num_drafts are given together, or both chosen while decoding')
+    if self.confidence not in OF_SCORES:
+      known = ', '.join(item.value for item in OF_SCORES)
+      raise UserError(f'confidence={self.confidence.value} has no use in speculation: {known} have')
+    most = self.max_drafts if self.num_drafts is None else self.num_drafts
+    if not 1 <= most <= MAX_DRAFTS:
+      raise UserError(f'{most} drafts a round are outside 1 to {MAX_DRAFTS}')
+    fixed = None
+    if self.exit_layer is not None and self.num_drafts is not None:
+      (chosen,) = chosen_exits(config, (self.exit_layer,))
+      if chosen not in exits:
+        raise UserError(f'exit_layer={self.exit_layer} is not among layers={self.layers}')
+      fixed = (exits.index(chosen), self.num_drafts)
+    return DraftPlan(
+      exits=exits,
+      num_layers=config.num_layers,
+      confidence=self.confidence,
+      acceptance=self.acceptance,
+      max_drafts=most,
+      costs=self.costs or estimate_costs(config, exits, draft_buckets(most)),
+      fixed=fixed,
+      pending_capacity=self.pending_capacity,
+      num_top=self.num_top,
+    )
+
+  def thresholds(self, config: ModelConfig) -> tuple[float, ...]:
+    """One that never exits for each exit."""
+    return (1.0,) * len(chosen_exits(config, self.layers))
+
+
+def chosen_exits(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[ExitConfig, ...]:
+  """The model's exits after `layers`, by ascending layer; None means all.
+
+  Raises:
+    UserError: an exit that the model lacks.
+  """
+  if layers is None:
+    return config.exits
+  known = {item.layer: item for item in config.exits}
+  for layer in layers:
+    if layer not in known:
+      listed = ', '.join(map(str, known)) or 'none'
+      raise UserError(f'no exit at layer {layer}: the model has exits at layers {listed}')
+  return tuple(known[layer] for layer in sorted(set(layers)))
 
 
 def lane_buckets(capacity: int) -> tuple[int, ...]:

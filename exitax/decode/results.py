@@ -18,6 +18,9 @@ class Completion:
     exit_layers: i32 `[length]`, layers run when the token was chosen.
     confidences: f32 `[length]`, at the exit that chose it.
     agreements: i32 `[length]`, of `Agreement`: whether the final layer ranks the same token first.
+    log_probs: f32 `[length]`, of each token under the scores it was chosen from, unfiltered.
+    top_ids: i32 `[length, num_top]`, the best tokens of those scores.
+    top_log_probs: f32 `[length, num_top]`, theirs.
     stop_reason: why it ended; RUNNING while streaming.
     passes: i32 `[num_segments]`, how often each segment of layers ran for the row, prefill aside.
   """
@@ -26,6 +29,9 @@ class Completion:
   exit_layers: np.ndarray
   confidences: np.ndarray
   agreements: np.ndarray
+  log_probs: np.ndarray
+  top_ids: np.ndarray
+  top_log_probs: np.ndarray
   stop_reason: StopReason
   passes: np.ndarray
 
@@ -72,18 +78,23 @@ class StreamEvent:
 def completions_since(state: DecodeState, start: np.ndarray) -> tuple[Completion, ...]:
   """Each row's tokens from number `start` (i32 `[rows]`) of the generated ones on."""
   aux = state.aux
-  arrays = (state.tokens, aux.exit_layer, aux.confidence, aux.agreement)
-  tokens, layers, confidences, agreements = (np.array(array) for array in arrays)
+  by_column = {
+    'tokens': state.tokens,
+    'exit_layers': aux.exit_layer,
+    'confidences': aux.confidence,
+    'agreements': aux.agreement,
+    'log_probs': aux.log_prob,
+    'top_ids': aux.top_ids,
+    'top_log_probs': aux.top_log_probs,
+  }
+  arrays = {name: np.array(array) for name, array in by_column.items()}
   prompt, step = np.array(state.prompt_length), np.array(state.step)
   reasons, passes = np.array(state.stop_reason), np.array(aux.passes)
 
   def completion(row: int) -> Completion:
     span = slice(prompt[row] + start[row], prompt[row] + step[row])
     return Completion(
-      tokens=tokens[row, span],
-      exit_layers=layers[row, span],
-      confidences=confidences[row, span],
-      agreements=agreements[row, span],
+      **{name: array[row, span] for name, array in arrays.items()},
       stop_reason=StopReason(int(reasons[row])),
       passes=passes[row],
     )

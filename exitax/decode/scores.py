@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from exitax.layers import HeadKind
 from exitax.models import ExitConfig, ExitLM, Params
 
 
@@ -24,3 +27,25 @@ def exit_logits(
     matrix, features.astype(dtype), contracted, preferred_element_type=wide
   )
   return jax.lax.optimization_barrier(scores).T
+
+
+def head_logits(
+  model: ExitLM, params: Params, exit_config: ExitConfig | None, at_exit: jax.Array
+) -> jax.Array:
+  """Scores `[rows, vocab]` of an exit (None: the final head).
+
+  Args:
+    model: the model.
+    params: parameters.
+    exit_config: which exit.
+    at_exit: `[rows, embed]`: the stream; of a LAYER head its features, which `extend` has made.
+  """
+  features = at_exit
+  if exit_config is None or exit_config.head is not HeadKind.LAYER:
+    features, _ = model.exit_features(params, exit_config, at_exit, rotary=None, attend=None)
+  return exit_logits(model, params, exit_config, features)
+
+
+def scores_dtype(model: ExitLM) -> Any:
+  """Format of scores: at least float32."""
+  return jnp.promote_types(model.config.precision.dtype, jnp.float32)

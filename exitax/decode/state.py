@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from exitax.decode.cache import KVCache, init_cache
-from exitax.decode.policies import ExitPlan
+from exitax.decode.plan import Agreement, StepPlan
 from exitax.models import ModelConfig
 
 # What `stop_tokens` is padded with: no token has this id.
@@ -25,14 +25,6 @@ class StopReason(enum.IntEnum):
   RUNNING = 0
   STOP_TOKEN = 1
   BUDGET = 2
-
-
-class Agreement(enum.IntEnum):
-  """Whether the final layer would have ranked the same token first."""
-
-  UNKNOWN = -1
-  DIFFERENT = 0
-  SAME = 1
 
 
 @struct.dataclass
@@ -62,19 +54,28 @@ class Requests:
 
 @struct.dataclass
 class ExitRecord:
-  """What exit policies keep in `DecodeState.aux`, by column of the generated token.
+  """How each token was chosen (`DecodeState.aux`), by column of the generated token.
 
   Attributes:
     exit_layer: i32 `[rows, capacity]`, layers run when the token was chosen.
     confidence: f32 `[rows, capacity]`, at the exit that chose it.
     agreement: i32 `[rows, capacity]`, of `Agreement`.
+    log_prob: f32 `[rows, capacity]`, of the token under the scores it was chosen from, at
+      temperature 1 and before any filter.
+    top_ids: i32 `[rows, capacity, num_top]`, the best tokens of those scores.
+    top_log_probs: f32 `[rows, capacity, num_top]`, theirs.
     passes: i32 `[rows, num_segments]`, how often each segment ran for the row since prefill.
+    extra: arrays `[rows, ...]` of the plan's own, by name.
   """
 
   exit_layer: jax.Array
   confidence: jax.Array
   agreement: jax.Array
+  log_prob: jax.Array
+  top_ids: jax.Array
+  top_log_probs: jax.Array
   passes: jax.Array
+  extra: dict[str, Any]
 
 
 @struct.dataclass
@@ -117,7 +118,7 @@ class DecodeState:
 @functools.partial(jax.jit, static_argnames=('config', 'plan'))
 def init_state(
   config: ModelConfig,
-  plan: ExitPlan,
+  plan: StepPlan,
   *,
   tokens: jax.Array,
   prompt_length: jax.Array,
@@ -149,7 +150,11 @@ def init_state(
       exit_layer=jnp.zeros((rows, capacity), jnp.int32),
       confidence=jnp.zeros((rows, capacity), jnp.float32),
       agreement=jnp.full((rows, capacity), Agreement.UNKNOWN, jnp.int32),
+      log_prob=jnp.zeros((rows, capacity), jnp.float32),
+      top_ids=jnp.zeros((rows, capacity, plan.num_top), jnp.int32),
+      top_log_probs=jnp.zeros((rows, capacity, plan.num_top), jnp.float32),
       passes=jnp.zeros((rows, segments), jnp.int32),
+      extra=plan.init_extra(rows),
     ),
   )
 

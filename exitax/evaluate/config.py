@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
-from exitax.decode import Confidence
+from exitax.decode import OF_SCORES, Confidence
 from exitax.errors import UserError, choose
 from exitax.evaluate.thresholds import DEFAULT_THRESHOLDS, check_thresholds
 
@@ -33,7 +33,7 @@ class EvaluateConfig:
 
   rows: int | None = 512
   thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
-  confidence: Confidence | str | Sequence[Confidence | str] = tuple(Confidence)
+  confidence: Confidence | str | Sequence[Confidence | str] = OF_SCORES
   chunk_length: int = 64
   speed_prompts: int = 3
   speed_prompt_tokens: int = 32
@@ -48,6 +48,12 @@ class EvaluateConfig:
     measures = tuple(choose(Confidence, item, name='EvaluateConfig.confidence') for item in several)
     if not measures or len(set(measures)) < len(measures):
       raise UserError('EvaluateConfig.confidence is empty or repeats a measure: name each once')
+    if unsuitable := [item.value for item in measures if item not in OF_SCORES]:
+      known = ', '.join(item.value for item in OF_SCORES)
+      raise UserError(
+        f"EvaluateConfig.confidence={unsuitable[0]} is not a function of one exit's scores: "
+        f'tables of thresholds know {known}'
+      )
     object.__setattr__(self, 'confidence', measures)
     lowest = {'chunk_length': 1, 'speed_prompts': 0}
     lowest |= dict.fromkeys(('speed_prompt_tokens', 'speed_new_tokens', 'speed_repeats'), 1)

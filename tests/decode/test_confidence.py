@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from exitax.decode import Confidence
+from exitax.decode import OF_SCORES, Confidence
 
 
 def test_values_of_a_worked_example():
@@ -12,7 +12,7 @@ def test_values_of_a_worked_example():
   np.testing.assert_allclose(Confidence.ENTROPY(logits), [1 - 1.75 / 2, 0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize('kind', Confidence)
+@pytest.mark.parametrize('kind', OF_SCORES)
 def test_extremes_stay_within_zero_and_one(kind):
   logits = np.array([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [88.0, 0.0, 0.0]], np.float32)
   value = np.asarray(kind(logits))

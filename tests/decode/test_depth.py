@@ -51,7 +51,7 @@ def test_every_architecture_gives_the_oracles_tokens(tiny, prompts, is_oracle, c
   assert 1 < result.effective_layers < 4
 
 
-@pytest.mark.parametrize('confidence', decode.Confidence)
+@pytest.mark.parametrize('confidence', decode.OF_SCORES)
 def test_21_thresholds_give_the_oracles_tokens_without_recompiling(
   tiny, prompts, is_oracle, confidence
 ):

@@ -1,0 +1,173 @@
+"""Where to draft and how far: DEL's rule (arXiv 2504.05598) with costs that know about lanes.
+
+A round that drafts `d` tokens with the layers up to exit `j`, whose tokens the final layer would have
+chosen with probability `a`, gains (1 - a^(d+1)) / (1 - a) tokens on average: the accepted run and
+one token of the final layer's own. DEL divides by `d * l + L` layers; here by seconds or anything
+proportional to them, since a pass over several lanes costs more than a pass over one, and heads cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from exitax.layers import HeadKind
+from exitax.models import ExitConfig, ModelConfig
+
+# How much more a pass costs with each further lane, as a fraction of the first: measured on two CPU
+# cores (8 layers of width 512: 2.1 times for 16 lanes). Accelerators: about 0 up to dozens of lanes.
+LANE_SLOPE = 0.07
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftCosts:
+  """What the parts of a round cost, in one unit of any size.
+
+  Attributes:
+    draft: per exit, its layers on one lane.
+    head: per exit, its head and vocabulary matrix on one lane.
+    verify: per exit, for each number of lanes of `lane_buckets`, the layers behind it and the final
+      head.
+    plain: all layers and the final head on one lane.
+    lane_buckets: numbers of lanes that verification is compiled for, ascending.
+  """
+
+  draft: tuple[float, ...]
+  head: tuple[float, ...]
+  verify: tuple[tuple[float, ...], ...]
+  plain: float
+  lane_buckets: tuple[int, ...]
+
+  def of_round(self, exit_index: int, num_drafts: int) -> float:
+    """A round of `num_drafts` drafts at an exit: each runs its layers, and so does the newest token."""
+    bucket = next(i for i, lanes in enumerate(self.lane_buckets) if lanes > num_drafts)
+    drafting = (num_drafts + 1) * self.draft[exit_index] + num_drafts * self.head[exit_index]
+    return drafting + self.verify[exit_index][bucket]
+
+
+@struct.dataclass
+class DraftStats:
+  """What a row has seen of each exit.
+
+  Attributes:
+    agreed: f32 `[rows, exits]`, recent tokens on which the exit agreed with the final layer.
+    tried: f32 `[rows, exits]`, recent tokens on which the two were compared.
+    rounds: i32 `[rows]`, all rounds.
+    drafted: i32 `[rows, exits]`, all drafts.
+    accepted: i32 `[rows, exits]`, all drafts accepted.
+  """
+
+  agreed: jax.Array
+  tried: jax.Array
+  rounds: jax.Array
+  drafted: jax.Array
+  accepted: jax.Array
+
+
+def no_stats(rows: int, num_exits: int) -> DraftStats:
+  """Statistics before the first round."""
+  floats = jnp.zeros((rows, num_exits), jnp.float32)
+  counts = jnp.zeros((rows, num_exits), jnp.int32)
+  return DraftStats(
+    agreed=floats,
+    tried=floats,
+    rounds=jnp.zeros((rows,), jnp.int32),
+    drafted=counts,
+    accepted=counts,
+  )
+
+
+def tokens_per_round(agreement: jax.Array, num_drafts: jax.Array | int) -> jax.Array:
+  """(1 - a^(d+1)) / (1 - a), and d + 1 where a is 1."""
+  one = agreement >= 1.0 - 1e-6
+  safe = jnp.where(one, 0.5, agreement)
+  geometric = (1.0 - safe ** (num_drafts + 1)) / (1.0 - safe)
+  return jnp.where(one, jnp.asarray(num_drafts + 1, geometric.dtype), geometric)
+
+
+def choose_draft(
+  stats: DraftStats,
+  active: jax.Array,
+  costs: DraftCosts,
+  *,
+  max_drafts: int,
+  prior: float,
+  prior_weight: float,
+) -> tuple[jax.Array, jax.Array]:
+  """The exit and the number of drafts that promise most tokens per cost to the active rows together.
+
+  Args:
+    stats: what rows have seen.
+    active: bool `[rows]`.
+    costs: of rounds.
+    max_drafts: most drafts of a round.
+    prior: agreement that an exit is thought to have before it was tried.
+    prior_weight: how many tokens' worth of trust that deserves.
+
+  Returns:
+    I32 scalars: the exit's index, or the number of exits for a plain step; and the number of drafts,
+    0 for a plain step.
+  """
+  num_exits = stats.tried.shape[1]
+  agreement = (stats.agreed + prior * prior_weight) / (stats.tried + prior_weight)
+  share = active / jnp.maximum(jnp.sum(active), 1)
+  lengths = jnp.arange(1, max_drafts + 1)
+  expected = tokens_per_round(agreement[:, :, None], lengths)  # [rows, exits, lengths]
+  cost = jnp.asarray(
+    [[costs.of_round(j, d) for d in range(1, max_drafts + 1)] for j in range(num_exits)]
+  )
+  rate = jnp.einsum('r,rjd->jd', share, expected) / cost
+  best = jnp.argmax(rate)
+  pays = rate.ravel()[best] * costs.plain > 1.0
+  exit_index = jnp.where(pays, best // max_drafts, num_exits)
+  return exit_index.astype(jnp.int32), jnp.where(pays, best % max_drafts + 1, 0).astype(jnp.int32)
+
+
+def estimate_costs(
+  config: ModelConfig,
+  exits: tuple[ExitConfig, ...],
+  lane_buckets: tuple[int, ...],
+  *,
+  lane_slope: float = LANE_SLOPE,
+) -> DraftCosts:
+  """Costs in parameters read, the bound of decoding; more lanes cost `lane_slope` each."""
+  block = config.block
+  attention = block.embed_dim * block.head_dim * 2 * (block.num_heads + block.num_kv_heads)
+  mlp = 3 * block.embed_dim * block.mlp_dim
+  matrix = config.vocab_size * config.embed_dim
+  own = {
+    HeadKind.EMBEDDING: 0,
+    HeadKind.NORM: 0,
+    HeadKind.MLP: mlp,
+    HeadKind.LAYER: attention + mlp,
+  }
+  layer, unit = attention + mlp, attention + mlp
+
+  def lanes(number: int) -> float:
+    return 1.0 + lane_slope * (number - 1)
+
+  return DraftCosts(
+    draft=tuple(item.layer * layer / unit for item in exits),
+    head=tuple((own[item.head] + matrix) / unit for item in exits),
+    verify=tuple(
+      tuple(
+        lanes(n) * ((config.num_layers - item.layer) * layer + matrix) / unit for n in lane_buckets
+      )
+      for item in exits
+    ),
+    plain=(config.num_layers * layer + matrix) / unit,
+    lane_buckets=lane_buckets,
+  )
+
+
+def draft_buckets(max_drafts: int) -> tuple[int, ...]:
+  """Numbers of lanes for verification: 4, 8, ... up to the first that holds `max_drafts + 1`.
+
+  Few, since each is compiled; and padded, since 8 lanes have cost less than 5.
+  """
+  top = max(2, math.ceil(math.log2(max_drafts + 1)))
+  return tuple(2**i for i in range(2, top + 1))
