@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 
@@ -12,6 +14,9 @@ from exitax.commands import gin_config
 from exitax.data import cache_root
 from exitax.errors import UserError
 from exitax.parallel import ProcessConfig, emulate_devices
+
+# What says where a process stands among several.
+_PLACE = ('coordinator_address', 'num_processes', 'process_id')
 
 
 def add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +87,9 @@ def process_config(flags: argparse.Namespace) -> ProcessConfig | None:
   Raises:
     UserError: some of the flags without the others, or out of range.
   """
+  named = [f'--{name}' for name in _PLACE if getattr(flags, name) is not None]
+  if flags.multihost and named:
+    raise UserError(f'--multihost asks the cluster for {", ".join(named)}: give one or the other')
   config = ProcessConfig(
     coordinator_address=flags.coordinator_address,
     num_processes=flags.num_processes,
@@ -89,10 +97,6 @@ def process_config(flags: argparse.Namespace) -> ProcessConfig | None:
     roll_call_seconds=flags.roll_call_seconds,
     heartbeat_seconds=flags.heartbeat_timeout_seconds,
   )
-  if flags.multihost and config.coordinator_address is not None:
-    raise UserError(
-      '--multihost asks the cluster for what --coordinator_address says: give one of them'
-    )
   several = flags.multihost or config.num_processes not in (None, 1)
   return config if several else None
 
@@ -123,6 +127,23 @@ def parse_gin(
     bindings.insert(0, f'MODEL_DIR = {flags.model_dir!r}')
   paths = [path for path in flags.gin_search_paths.split(',') if path]
   gin_config.parse(flags.gin_file, bindings, extra_paths=paths, text=text, if_required=if_required)
+
+
+def make_folder(path: str | os.PathLike[str], *, name: str) -> Path:
+  """A folder that files can be written to, created when absent: asked before the work, not after.
+
+  Raises:
+    UserError: it cannot be written to.
+  """
+  folder = Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f'{name}={path} cannot be written to ({reason}): choose another') from None
+  return folder
 
 
 def start_jax(flags: argparse.Namespace) -> None:

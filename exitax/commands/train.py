@@ -23,6 +23,7 @@ from exitax.commands import gin_config
 from exitax.commands.hosts import joined_hosts
 from exitax.commands.inspect import describe
 from exitax.errors import UserError
+from exitax.parallel import do_together
 from exitax.training import (
   ConsoleDisplay,
   Display,
@@ -93,7 +94,12 @@ def _run(command: TrainCommand, *, dry_run: bool) -> None:
 def launch(command: TrainCommand, display: Display) -> TrainResult:
   """Writes the run's description into its directory (process 0 does), then trains."""
   directory = Path(command.model_dir)
-  if jax.process_index() == 0:
-    write_bytes_atomic(directory / CONFIG_FILE, gin.operative_config_str(100).encode())
-    write_bytes_atomic(directory / INFO_FILE, (describe(command.run) + '\n').encode())
+
+  def write() -> None:
+    flag_groups.make_folder(directory, name='MODEL_DIR')  # Every process has a part of checkpoints.
+    if jax.process_index() == 0:
+      write_bytes_atomic(directory / CONFIG_FILE, gin.operative_config_str(100).encode())
+      write_bytes_atomic(directory / INFO_FILE, (describe(command.run) + '\n').encode())
+
+  do_together(write, part='describing the run in MODEL_DIR')
   return train(command.run, directory, display=display)

@@ -125,6 +125,25 @@ def test_an_error_of_one_host_ends_all(
 
 
 @pytest.mark.processes
+def test_a_host_that_cannot_write_ends_the_others(
+  tiny_gin: Path, tmp_path: Path, subprocess_env: dict[str, str], port: int
+) -> None:
+  """Where the second host has a file of the directory's name."""
+  for name in ('here', 'there'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'there' / 'model').write_text('in the way')
+  flags = [f'--gin_file={tiny_gin}', '--model_dir=model']
+  ends = _train(
+    [[*flags, *_place(port, 0)], [*flags, *_place(port, 1)]],
+    subprocess_env,
+    [tmp_path / 'here', tmp_path / 'there'],
+  )
+  assert [status for status, _, _ in ends] == [2, 2], ends
+  assert 'exitax: process 1 of 2 failed in describing the run in MODEL_DIR' in ends[0][2]
+  assert 'exitax: process 1 of 2: MODEL_DIR=model cannot be written to' in ends[1][2]
+
+
+@pytest.mark.processes
 def test_no_cluster_to_ask(tiny_gin: Path, tmp_path: Path, subprocess_env: dict[str, str]) -> None:
   [(status, _, errors)] = _train(
     [[f'--gin_file={tiny_gin}', f'--model_dir={tmp_path / "model"}', '--multihost']],
@@ -150,7 +169,7 @@ def test_no_cluster_to_ask(tiny_gin: Path, tmp_path: Path, subprocess_env: dict[
     ),
     (
       ['--coordinator_address=a:1', '--num_processes=2', '--process_id=1', '--multihost'],
-      '--multihost asks the cluster for what --coordinator_address says',
+      '--multihost asks the cluster for --coordinator_address, --num_processes, --process_id: give',
     ),
     (
       [
