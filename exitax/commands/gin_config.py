@@ -23,6 +23,14 @@ from exitax.layers import HeadKind, RopeConfig
 Built = TypeVar('Built')
 
 _MACRO = 'gin.macro'
+# What a field's annotation lets a file write; fields of other types check their values themselves.
+_WRITTEN: Mapping[str, tuple[tuple[type, ...], str]] = {
+  'int': ((int,), 'a whole number'),
+  'float': ((int, float), 'a number'),
+  'bool': ((bool,), 'True or False'),
+  'str': ((str,), 'a text in quotes'),
+  'None': ((type(None),), 'None'),
+}
 
 CONFIGURABLE_CLASSES: tuple[type, ...] = (
   models.ModelConfig,
@@ -112,6 +120,7 @@ def register() -> None:
   # as `include 'runs/...'` in the current directory for one that it cannot read.
   gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   gin.config.register_finalize_hook(_check_macros)
+  gin.config.register_finalize_hook(_check_types)
 
 
 def search_paths(extra: Iterable[str]) -> list[str]:
@@ -205,6 +214,27 @@ def _check_macros(config: Mapping[tuple[str, str], Any]) -> None:
   used = {scope for scope, selector in references if selector == _MACRO}
   for name in sorted(assigned - used):
     raise UserError(f'macro {name} is set but nothing uses it{_close(name, used)}')
+
+
+def _check_types(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+  kinds = {kind.__name__: kind for kind in CONFIGURABLE_CLASSES}
+  for (_, selector), bound in config.items():
+    kind = kinds.get(selector.rsplit('.', 1)[-1])
+    for field in dataclasses.fields(kind) if kind and dataclasses.is_dataclass(kind) else ():
+      names = str(field.type).split(' | ')
+      if field.name not in bound or not set(names) <= set(_WRITTEN):
+        continue
+      value = bound[field.name]
+      while isinstance(value, gin.config.ConfigurableReference) and value.config_key in config:
+        if value.config_key[1] != _MACRO:
+          break
+        value = config[value.config_key]['value']
+      if isinstance(value, gin.config.ConfigurableReference):
+        continue
+      types = [t for name in names for t in _WRITTEN[name][0]]
+      if not isinstance(value, tuple(types)) or (isinstance(value, bool) and bool not in types):
+        wanted = ' or '.join(_WRITTEN[name][1] for name in names)
+        raise UserError(f'{selector.rsplit(".", 1)[-1]}.{field.name}={value!r}: write {wanted}')
 
 
 def _translate(error: Exception, bindings: Sequence[str]) -> UserError:

@@ -67,6 +67,12 @@ class DataConfig:
   split: SplitConfig = SplitConfig()
   cache_dir: str | None = None
 
+  def __post_init__(self) -> None:
+    for name in ('length', 'batch_size', 'eval_batch_size'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(f'{name}={value} must be at least 1')
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:

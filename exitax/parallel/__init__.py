@@ -58,6 +58,7 @@ from exitax.parallel.schedule import (
   render_schedule,
 )
 from exitax.parallel.sharding import (
+  check_batch_size,
   init_sharded,
   path_name,
   replicated,
@@ -103,6 +104,7 @@ __all__ = [
   'ProcessConfig',
   'any_process',
   'batch_blocks',
+  'check_batch_size',
   'check_same',
   'do_together',
   'fetch',

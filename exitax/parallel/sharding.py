@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -155,13 +156,27 @@ def _shard_rows(
   return jax.make_array_from_callback(shape, sharding, of_device)
 
 
+def check_batch_size(batch_size: int, mesh: Mesh, rules: ShardingRules) -> None:
+  """Passes if the rows of a global batch spread evenly over the mesh.
+
+  Raises:
+    UserError: they do not.
+  """
+  axes = rules.mesh_axes('batch')
+  total = math.prod(mesh.shape[axis] for axis in axes)
+  if batch_size < 1 or batch_size % total:
+    raise UserError(_uneven(batch_size, mesh, axes, total))
+
+
 def _check_rows(num_rows: int, mesh: Mesh, mesh_axes: tuple[str, ...], blocks: BatchBlocks) -> None:
   if num_rows == 0 or num_rows % len(blocks.own):
-    sizes = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in mesh_axes)
     batch_size = num_rows * blocks.total // len(blocks.own)
-    raise UserError(
-      f'{sizes} does not divide batch_size={batch_size}: choose a multiple of {blocks.total}'
-    )
+    raise UserError(_uneven(batch_size, mesh, mesh_axes, blocks.total))
+
+
+def _uneven(batch_size: int, mesh: Mesh, mesh_axes: tuple[str, ...], total: int) -> str:
+  sizes = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in mesh_axes)
+  return f'{sizes} does not divide batch_size={batch_size}: choose a multiple of {total}'
 
 
 def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:

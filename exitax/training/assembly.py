@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from exitax.data import Batch
 from exitax.models import ExitLM, Remat
-from exitax.parallel import PIPELINE_AXIS, count_flops, logical_to_spec
+from exitax.parallel import PIPELINE_AXIS, check_batch_size, count_flops, logical_to_spec
 from exitax.training.config import RunConfig
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
 from exitax.training.pipeline import PipelinedObjective
@@ -79,6 +79,7 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
       model, mesh, config.sharding, objective=config.objective, pipeline=config.pipeline
     )
     pipelined.check_rows(config.data.batch_size // config.loop.accumulation_steps)
+  check_batch_size(config.data.batch_size, mesh, config.sharding)
   step = _step(config, model, optimizer, schedule, pipelined)
   return Assembly(config, mesh, model, schedule, optimizer, pipelined, step)
 

@@ -50,6 +50,20 @@ TRAIN_MISTAKES = {
     'length=65 exceeds the context max_length=64',
   ),
   'batch over the mesh': (('--gin.BATCH_SIZE=6',), 'does not divide batch_size=6'),
+  'no rows': (('--gin.BATCH_SIZE=0',), 'batch_size=0 must be at least 1'),
+  'number in quotes': (
+    ("--gin.MeshConfig.tensor='2'",),
+    "MeshConfig.tensor='2': write a whole number",
+  ),
+  'fraction of a step': (('--gin.TRAIN_STEPS=8.5',), 'train_steps=8.5: write a whole number'),
+  'neither number nor None': (
+    ("--gin.LoopConfig.eval_rows='all'",),
+    "LoopConfig.eval_rows='all': write a whole number or None",
+  ),
+  'two ways to name hosts': (
+    ('--multihost', '--process_id=0'),
+    '--multihost asks the cluster for --process_id: give one or the other',
+  ),
   'unknown task': (("--gin.MIXTURE_OR_TASK_NAME='pile'",), "unknown task or mixture 'pile'"),
   'vocabulary too small': (
     ('--gin.ModelConfig.vocab_size=100',),
@@ -70,6 +84,11 @@ def test_mistakes_in_a_run(
 
 def test_a_missing_gin_file(exitax: RunCommand) -> None:
   assert_one_line(exitax('train', '--gin_file=nowhere.gin'), '--gin_file=nowhere.gin is not there')
+
+
+def test_a_model_dir_that_cannot_be_written(exitax: RunCommand, tiny_gin: Path) -> None:
+  outcome = exitax('train', f'--gin_file={tiny_gin}', f'--model_dir={tiny_gin / "m"}')
+  assert_one_line(outcome, f'MODEL_DIR={tiny_gin / "m"} cannot be written to (Not a directory)')
 
 
 def test_a_missing_model_dir(exitax: RunCommand, tiny_gin: Path) -> None:

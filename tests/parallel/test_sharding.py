@@ -121,6 +121,14 @@ def test_batch_rows_go_over_data(sizes):
   assert got['tokens'].sharding.shard_shape((8, 10)) == (8 // sizes[0], 10)
 
 
+@pytest.mark.parametrize('batch_size', [0, 6])
+def test_a_batch_size_that_does_not_spread_is_refused(batch_size):
+  mesh = parallel.make_mesh(parallel.MeshConfig(4, 1, 2))
+  parallel.check_batch_size(8, mesh, RULES)
+  with pytest.raises(UserError, match=f'data=4 does not divide batch_size={batch_size}: choose'):
+    parallel.check_batch_size(batch_size, mesh, RULES)
+
+
 def test_batch_that_does_not_spread_is_refused():
   mesh = parallel.make_mesh(parallel.MeshConfig(4, 1, 2))
   with pytest.raises(UserError) as error:
