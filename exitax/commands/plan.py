@@ -25,9 +25,11 @@ from exitax.checkpoint import write_bytes_atomic
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
 from exitax.errors import UserError
+from exitax.parallel import format_bytes
 from exitax.planning import (
   Candidate,
   Plan,
+  SearchResult,
   Target,
   describe_layout,
   draw_schedules,
@@ -81,6 +83,10 @@ def run(flags: argparse.Namespace) -> int:
     raise UserError(f'--num_compiled={flags.num_compiled} must be 0 or more')
   if flags.topology and flags.emulate_devices:
     raise UserError('--topology and --emulate_devices both say which devices: give one')
+  if flags.topology and flags.chip:
+    raise UserError('--topology and --chip both say which chip: give one')
+  if flags.output_dir:
+    flag_groups.make_folder(flags.output_dir, name='--output_dir')
   flag_groups.start_jax(flags)
   target = find_target(flags.topology, flags.chip)
   flag_groups.parse_gin(
@@ -115,22 +121,30 @@ def _search(
 
     result = search(run_config, target, num_compiled=count, on_compile=on_compile)
   console.print(render_search(result))
-  if not count:
-    return 0
-  best = result.best
+  best = result.best if count else _by_estimate(result, target)
   if best is None:
-    console.print('none of those compiled fits: compile more with --num_compiled', style='red')
+    smallest = result.ranked[0].estimate.memory.total
+    reason = (
+      'none of those compiled fits: compile more with --num_compiled'
+      if result.fits
+      else f'nothing fits by estimate: {format_bytes(smallest - result.limit)} more than the '
+      f'{format_bytes(result.limit)} there are, at least: take a larger slice'
+    )
+    console.print(reason, style='red')
     return DOES_NOT_FIT
   console.print(f'\nbest: {describe_layout(best.run)}\n\n{gin_bindings(best.run)}')
   _write(best, flags.output_dir, console)
   return 0
 
 
+def _by_estimate(result: SearchResult, target: Target) -> Plan | None:
+  """The first of the ranking, if it fits."""
+  return make_plan(result.ranked[0].run, target, compile=False) if result.fits else None
+
+
 def _remedies(plan: Plan) -> tuple[Candidate, ...]:
-  """The fastest layouts that fit by estimate."""
-  found = search(plan.run, plan.target, num_compiled=0)
-  limit = plan.memory_limit or 0
-  return tuple(c for c in found.ranked[:3] if c.estimate.memory.total <= limit)
+  """The fastest layouts that fit by estimate, or the smallest."""
+  return search(plan.run, plan.target, num_compiled=0).ranked[:3]
 
 
 def _write(plan: Plan, directory: str | None, console: Console) -> None:
@@ -145,4 +159,6 @@ def _write(plan: Plan, directory: str | None, console: Console) -> None:
     picture = draw_schedules([plan.schedule], max_ticks=30)
     write_bytes_atomic(folder / PICTURE_FILE, to_png(picture))
     written.append(PICTURE_FILE)
+  else:
+    (folder / PICTURE_FILE).unlink(missing_ok=True)  # Of an earlier plan, with stages.
   console.print(f'written to {folder}: {", ".join(written)}')

@@ -82,9 +82,11 @@ def parse_topology(name: str) -> Topology:
       raise UserError(f'topology {name!r} is no slice: choose {names}')
   sizes = _sizes(shape)
   if len(sizes) != num_dimensions or (num_dimensions == 2 and shape not in known):
+    names = ', '.join(f'{generation}:{shape}' for shape in known)
+    if len(sizes) == num_dimensions:
+      raise UserError(f'topology {name!r} is no slice: choose {names}')
     raise UserError(
-      f'topology {name!r}: {generation} is a torus of {num_dimensions} dimensions, choose '
-      f'{", ".join(f"{generation}:{shape}" for shape in known)}'
+      f'topology {name!r}: {generation} is a torus of {num_dimensions} dimensions, choose {names}'
     )
   chip = find_chip(f'TPU {generation}')
   assert chip is not None

@@ -14,7 +14,7 @@ _FORWARD, _BACKWARD, _IDLE = 'blue', 'green', 'bright_black'
 
 
 def render_plan(plan: Plan, remedies: tuple[Candidate, ...] = ()) -> RenderableType:
-  """Everything that a plan says; `remedies` are layouts that fit where it does not."""
+  """Everything that a plan says; `remedies` are other layouts where it does not fit, the best first."""
   parts: list[RenderableType] = [_heading(plan), _memory_table(plan), _verdict(plan, remedies)]
   parts.append(_time_table(plan))
   if plan.compiled and plan.compiled.collectives:
@@ -26,10 +26,14 @@ def render_plan(plan: Plan, remedies: tuple[Candidate, ...] = ()) -> RenderableT
 
 def render_search(result: SearchResult, *, num_shown: int = 10) -> RenderableType:
   """The ranking: estimates, and beside them what the compiler found."""
-  table = Table(title=f'{result.num_tried:,} layouts tried, fastest that fit first', box=None)
+  order = 'fastest that fit first'
+  if not result.is_comfortable:
+    order = f'none within {COMFORTABLE:.0%} of {format_bytes(result.limit)}, smallest first'
+  table = Table(title=f'{result.num_tried:,} layouts tried, {order}', box=None)
   for name in ('', 'layout'):
     table.add_column(name)
-  for name in ('step', 'MFU', 'bubble', 'memory', 'compiled'):
+  compiled = ('compiled',) if result.plans else ()
+  for name in ('step', 'MFU', 'bubble', 'memory', *compiled):
     table.add_column(name, justify='right')
   for number, candidate in enumerate(result.ranked[:num_shown]):
     estimate = candidate.estimate
@@ -42,7 +46,7 @@ def render_search(result: SearchResult, *, num_shown: int = 10) -> RenderableTyp
       f'{estimate.mfu:.0%}',
       f'{estimate.bubble:.1%}',
       format_bytes(estimate.memory.total),
-      _compiled_memory(plan),
+      *([_compiled_memory(plan)] if compiled else []),
     )
   return table
 
@@ -139,17 +143,23 @@ def _verdict(plan: Plan, remedies: tuple[Candidate, ...]) -> Text:
     f'does not fit: {format_bytes(plan.missing_bytes)} more than the {format_bytes(limit)} there are',
     style='bold red',
   )
-  if not remedies:
+  fitting = [c for c in remedies if c.estimate.memory.total <= limit]
+  if not fitting:
     text.append('\nnothing fits by estimate: take a larger slice', style='red')
+    for least in remedies[:1]:
+      text.append(f'\nthe smallest: {_layout_and_memory(least)}')
     return text
   text.append('\nwould fit by estimate:')
-  for candidate in remedies:
+  for candidate in fitting:
     time = candidate.estimate.time
     text.append(
-      f'\n  {describe_layout(candidate.run)}: {format_bytes(candidate.estimate.memory.total)}'
-      + (f', {_seconds(time.step)} a step' if time else '')
+      f'\n  {_layout_and_memory(candidate)}' + (f', {_seconds(time.step)} a step' if time else '')
     )
   return text
+
+
+def _layout_and_memory(candidate: Candidate) -> str:
+  return f'{describe_layout(candidate.run)}: {format_bytes(candidate.estimate.memory.total)}'
 
 
 def _time_table(plan: Plan) -> Table:

@@ -32,15 +32,27 @@ class SearchResult:
   """What a search has found.
 
   Attributes:
+    limit: memory of a device.
     num_tried: layouts that suit model, batch and target.
     ranked: those whose estimated memory is comfortable, fastest first; those that are not, by
       memory, if none is.
     plans: the best of `ranked`, compiled, in the order of the ranking.
   """
 
+  limit: int
   num_tried: int
   ranked: tuple[Candidate, ...]
   plans: tuple[Plan, ...]
+
+  @property
+  def fits(self) -> bool:
+    """Whether any layout fits, by estimate."""
+    return self.ranked[0].estimate.memory.total <= self.limit
+
+  @property
+  def is_comfortable(self) -> bool:
+    """Whether those that are ranked leave memory to spare, by estimate."""
+    return self.ranked[0].estimate.memory.total <= COMFORTABLE * self.limit
 
   @property
   def best(self) -> Plan | None:
@@ -87,13 +99,14 @@ def search(
       f'no layout of {len(target.devices)} devices suits {run.data.batch_size} rows and this model: '
       'choose a batch_size with more divisors'
     )
-  ranked = _rank(candidates, COMFORTABLE * target.chip.hbm_bytes)
+  limit = target.chip.hbm_bytes
+  ranked = _rank(candidates, COMFORTABLE * limit)
   plans = []
   for number, candidate in enumerate(ranked[:num_compiled]):
     if on_compile:
       on_compile(number, candidate)
     plans.append(make_plan(candidate.run, target))
-  return SearchResult(len(candidates), tuple(ranked), tuple(plans))
+  return SearchResult(limit, len(candidates), tuple(ranked), tuple(plans))
 
 
 def layouts(run: RunConfig, num_devices: int) -> Iterator[RunConfig]:
@@ -136,6 +149,8 @@ def gin_bindings(run: RunConfig) -> str:
     lines.append(f'PipelineConfig.schedule = {config.schedule.value!r}')
     lines.append(f'PipelineConfig.num_microbatches = {config.num_microbatches}')
     lines.append(f'PipelineConfig.num_chunks = {config.num_chunks}')
+    # Written even where it is None: a file read before may say something else.
+    lines.append(f'PipelineConfig.layers_per_span = {config.layers_per_span!r}')
     lines.append(f'PipelineConfig.recompute = {config.recompute.value!r}')
     lines.append(f'PipelineConfig.vocab = {config.vocab.value!r}')
     lines.append(f'PipelineConfig.bubble_filling_ratio = {config.bubble_filling_ratio}')

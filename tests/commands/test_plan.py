@@ -47,6 +47,41 @@ def test_a_search(exitax):
   assert found.status == 0, found.err
   assert 'layouts tried, fastest that fit first' in found.out
   assert ' 1.' in found.out
+  assert 'compiled' not in found.out
+
+
+def test_a_search_by_arithmetic_writes_its_best_too(exitax, tmp_path):
+  (tmp_path / 'schedule.png').write_bytes(b'of an earlier plan')
+  found = exitax(
+    *TINY,
+    '--chip=TPU v5e',
+    '--search',
+    '--estimate_only',
+    '--gin.ModelConfig.num_layers=1',  # No stages, and so no picture.
+    '--gin.exits.layers=()',
+    '--gin.exit_weights.start=()',
+    f'--output_dir={tmp_path}',
+  )
+  assert found.status == 0, found.err
+  assert 'best: data=' in found.out
+  assert (tmp_path / 'layout.gin').read_text() in found.out
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['layout.gin', 'plan.json']
+
+
+def test_a_search_says_that_nothing_fits(exitax, tmp_path):
+  found = exitax(
+    'plan',
+    '--gin_file=gin/models/ee_30b.gin',
+    '--chip=TPU v5e',
+    '--search',
+    '--estimate_only',
+    f'--output_dir={tmp_path}',
+  )
+  assert found.status == 1
+  assert 'layouts tried, none within 70% of 16.0 GiB, smallest first' in found.out
+  assert 'nothing fits by estimate: ' in found.out
+  assert 'GiB more than the 16.0 GiB there are' in found.out
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -73,7 +108,7 @@ def test_what_cannot_fit_has_status_1_and_names_what_would(exitax):
   )
   assert found.status == 1
   assert 'does not fit: ' in found.out
-  assert 'nothing fits by estimate: take a larger slice' in found.out
+  assert 'nothing fits by estimate: take a larger slice\nthe smallest: data=' in found.out
   found = exitax(
     'plan',
     '--gin_file=gin/models/ee_1p3b.gin',
@@ -98,6 +133,17 @@ def test_what_cannot_fit_has_status_1_and_names_what_would(exitax):
     ((*TINY, '--gin.MeshConfig.pipeline=4', '--gin.BATCH_SIZE=9'), 'does not divide the 9 rows'),
     ((*TINY, '--gin.MeshConfig.pipeline=8'), 'pipeline=8 is more than num_layers=6'),
     ((*TINY, '--gin.MeshConfig.data=3'), 'does not match 8 devices'),
+    ((*TINY, '--topology=v5e:4x4', '--chip=TPU v4'), 'both say which chip: give one'),
+    ((*TINY, '--gin.BATCH_SIZE=0'), 'batch_size=0 must be at least 1'),
+    (
+      (*TINY, '--gin.BATCH_SIZE=12'),
+      'data=8 does not divide batch_size=12: choose a multiple of 8',
+    ),
+    ((*TINY, "--gin.TASK_FEATURE_LENGTHS={'targets': 0}"), 'length=0 must be at least 1'),
+    (
+      (*TINY, '--output_dir=pyproject.toml/x'),
+      '--output_dir=pyproject.toml/x cannot be written to',
+    ),
   ],
 )
 def test_mistakes(exitax, flags, message):

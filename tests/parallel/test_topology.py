@@ -39,7 +39,7 @@ def test_names(name, written, num_chips, chip):
     ('v9:2x2', "topology 'v9:2x2' is unknown"),
     ('v5e', "topology 'v5e' is unknown"),
     ('v5e:4x4x4', 'v5e is a torus of 2 dimensions, choose v5e:1x1'),
-    ('v5e:3x5', 'choose v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4'),
+    ('v5e:3x5', "topology 'v5e:3x5' is no slice: choose v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4"),
     ('v5p:4x4', 'v5p is a torus of 3 dimensions, choose v5p:2x2x1'),
     ('v5p-7', "topology 'v5p-7' is no slice: choose v5p-8, v5p-16"),
     ('v6e-5', 'is no slice: choose v6e-1, v6e-4'),

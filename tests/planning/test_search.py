@@ -73,6 +73,8 @@ def test_where_nothing_fits_the_smallest_come_first():
   sizes = [candidate.estimate.memory.total for candidate in result.ranked]
   assert sizes == sorted(sizes)
   assert len(sizes) == result.num_tried
+  assert not result.fits
+  assert not result.is_comfortable
 
 
 @pytest.mark.slow
@@ -107,6 +109,21 @@ def test_a_layout_is_written_as_gin_that_a_run_reads(found):
       assert read.pipeline == layout.pipeline
     else:
       assert read.model.remat == layout.model.remat
+
+
+def test_a_written_layout_undoes_spans_of_other_stages(found):
+  layout = next(c.run for c in found.ranked if c.run.mesh.pipeline == 2)
+  gin_config.parse(
+    ['runs/quickstart.gin'],
+    [
+      "MODEL_DIR = 'unused'",
+      'PipelineConfig.layers_per_span = (1, 1, 4)',
+      *gin_bindings(layout).splitlines(),
+    ],
+  )
+  read = gin_config.build(RunConfig)
+  gin.clear_config()
+  assert read.pipeline.layers_per_span is None
 
 
 def test_a_search_needs_a_data_sheet():
