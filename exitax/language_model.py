@@ -14,16 +14,16 @@ from exitax.data import StreamDecoder, Tokenizer, encode_prompt, pad_documents
 from exitax.decode import (
   Completion,
   Confidence,
-  DeferredExit,
   ExitPolicy,
-  FullDepth,
   Sampler,
   StopReason,
+  Strategy,
+  StrategySettings,
   generate,
   prepare_params,
   stream,
 )
-from exitax.errors import UserError, choose
+from exitax.errors import UserError
 from exitax.models import ModelConfig, Params
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh, shard_batch, use
@@ -42,6 +42,7 @@ class TextCompletion:
     tokens: token ids.
     exit_layers: layers run for each token.
     confidences: confidence at the exit that chose each token.
+    log_probs: log-probability of each token under the scores it was chosen from, unfiltered.
     stop_reason: STOP_TOKEN, or BUDGET when `max_new_tokens` ended it.
   """
 
@@ -51,6 +52,7 @@ class TextCompletion:
   tokens: tuple[int, ...]
   exit_layers: tuple[int, ...]
   confidences: tuple[float, ...]
+  log_probs: tuple[float, ...]
   stop_reason: StopReason
 
   @property
@@ -152,8 +154,10 @@ class LanguageModel:
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 64,
+    strategy: str | Strategy | None = None,
     threshold: float | tuple[float, ...] | None = None,
     confidence: str | Confidence = Confidence.MAX_PROB,
+    policy: ExitPolicy | None = None,
     sampler: Sampler = Sampler(),
     seed: int = 0,
     stop: Sequence[int] = (),
@@ -163,15 +167,18 @@ class LanguageModel:
     Args:
       prompts: one text or several; several are decoded as one batch in which each exits by itself.
       max_new_tokens: tokens per prompt at most.
+      strategy: 'full', 'deferred', 'recompute', 'copy_state' or 'speculative'; None takes 'deferred' if
+        there is a threshold, else 'speculative' (the tokens of 'full', sooner) if there are exits.
       threshold: exit where the confidence is above it, in [0, 1]; one for all exits or one each.
-        None runs every layer.
-      confidence: 'max_prob', 'margin' or 'entropy'.
+      confidence: 'max_prob', 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
+      policy: a policy of `exitax.decode`, instead of the three.
       sampler: temperature, top-k, top-p, min-p; greedy by default.
       seed: prompt i uses seed + i.
       stop: token ids that end a text beside the tokenizer's end id.
 
     Raises:
-      UserError: a threshold out of range, a prompt longer than the context.
+      UserError: a threshold out of range, a strategy that the model cannot do, a prompt longer than
+        the context.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     with use(self._mesh, self._rules):
@@ -180,7 +187,7 @@ class LanguageModel:
         self._prepared(),
         [encode_prompt(self.tokenizer, text) for text in texts],
         max_new_tokens=max_new_tokens,
-        policy=exit_policy(threshold, confidence),
+        policy=policy or self._policy(strategy, threshold, confidence),
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
@@ -195,8 +202,10 @@ class LanguageModel:
     prompt: str,
     *,
     max_new_tokens: int = 64,
+    strategy: str | Strategy | None = None,
     threshold: float | tuple[float, ...] | None = None,
     confidence: str | Confidence = Confidence.MAX_PROB,
+    policy: ExitPolicy | None = None,
     sampler: Sampler = Sampler(),
     seed: int = 0,
     stop: Sequence[int] = (),
@@ -209,7 +218,7 @@ class LanguageModel:
         self._prepared(),
         [encode_prompt(self.tokenizer, prompt)],
         max_new_tokens=max_new_tokens,
-        policy=exit_policy(threshold, confidence),
+        policy=policy or self._policy(strategy, threshold, confidence),
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
@@ -257,6 +266,15 @@ class LanguageModel:
       return shard_batch(batch, self._mesh, self._rules)
     return batch  # One text does not spread over the data axis.
 
+  def _policy(
+    self,
+    strategy: str | Strategy | None,
+    threshold: float | tuple[float, ...] | None,
+    confidence: str | Confidence,
+  ) -> ExitPolicy:
+    settings = StrategySettings(strategy=strategy, threshold=threshold, confidence=confidence)
+    return settings.policy(self.config)
+
   def _prepared(self) -> Params:
     if self._decode_params is None:
       self._decode_params = prepare_params(self._loaded.model, self.params)
@@ -276,15 +294,6 @@ class LanguageModel:
       tokens=tuple(tokens),
       exit_layers=tuple(completion.exit_layers.tolist()),
       confidences=tuple(completion.confidences.tolist()),
+      log_probs=tuple(completion.log_probs.tolist()),
       stop_reason=completion.stop_reason,
     )
-
-
-def exit_policy(
-  threshold: float | tuple[float, ...] | None, confidence: str | Confidence
-) -> ExitPolicy:
-  """The policy that a threshold stands for: None runs every layer."""
-  measure = choose(Confidence, confidence, name='confidence')
-  if threshold is None:
-    return FullDepth(confidence=measure)
-  return DeferredExit(threshold=threshold, confidence=measure)

@@ -6,9 +6,10 @@ r"""Writes text after a prompt, each token in the colour of the layer it left at
 
   exitax generate --model_dir=runs/quickstart --prompt='def ' --gin_file=gin/decode/deferred.gin
 
-Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without a threshold
-every layer runs. A confidence must be above the threshold, so 1 never exits. Piped output is
-plain and lists the layers of its tokens; --depths gives every token a line, with its confidence.
+Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without --strategy a
+threshold means deferred exits, and no threshold speculation, which gives the text of full depth.
+A confidence must be above the threshold, so 1 never exits. Piped output is plain and lists the
+layers of its tokens; --depths gives every token a line, with its confidence.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from rich.console import Console
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
 from exitax.commands.depths import coloured, depth_key, depth_summary
-from exitax.decode import Sampler
+from exitax.decode import Sampler, StrategySettings
 from exitax.errors import UserError
 from exitax.language_model import LanguageModel, TextCompletion, load
+from exitax.models import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,14 @@ class GenerateConfig:
 
   Attributes:
     max_new_tokens: tokens per prompt at most.
-    threshold: exits where the confidence is above it; one number, one per exit, or None: full depth.
-    confidence: 'max_prob', 'margin' or 'entropy'.
+    strategy: 'full', 'deferred', 'recompute', 'copy_state', 'speculative', or None (see above).
+    threshold: exits where the confidence is above it; one number, or one per exit.
+    confidence: 'max_prob', 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
+    patience: exits that must agree, for 'patience'.
+    decay: how fast thresholds fall with the tokens generated (CALM uses 4); 0 keeps them.
+    exit_layer: speculation drafts after this layer always (with num_drafts); None chooses.
+    num_drafts: drafts of every round of speculation; None chooses.
+    acceptance: 'coupled' (a seed gives the text of full depth) or 'rejection' (accepts more).
     temperature: 0 is greedy.
     top_k: keeps the k best tokens; 0 keeps all.
     top_p: keeps the fewest tokens whose probabilities reach it; 1 keeps all.
@@ -47,20 +55,35 @@ class GenerateConfig:
   """
 
   max_new_tokens: int = 64
+  strategy: str | None = None
   threshold: float | tuple[float, ...] | None = None
   confidence: str = 'max_prob'
+  patience: int = 2
+  decay: float = 0.0
+  exit_layer: int | None = None
+  num_drafts: int | None = None
+  acceptance: str = 'coupled'
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
   min_p: float = 0.0
   seed: int = 0
 
-  def settings(self) -> dict[str, Any]:
-    """Arguments of `LanguageModel.generate`."""
+  def settings(self, model: ModelConfig) -> dict[str, Any]:
+    """Arguments of `LanguageModel.generate` for a model."""
+    settings = StrategySettings(
+      strategy=self.strategy,
+      threshold=self.threshold,
+      confidence=self.confidence,
+      patience=self.patience,
+      decay=self.decay,
+      exit_layer=self.exit_layer,
+      num_drafts=self.num_drafts,
+      acceptance=self.acceptance,
+    )
     return {
       'max_new_tokens': self.max_new_tokens,
-      'threshold': self.threshold,
-      'confidence': self.confidence,
+      'policy': settings.policy(model),
       'sampler': Sampler(
         temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
       ),
@@ -87,7 +110,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='exit where the confidence is above it; one number, or one per exit: 0.9,0.8',
   )
   exits.add_argument(
-    '--confidence', metavar='NAME', help='max_prob (the default), margin or entropy'
+    '--strategy',
+    metavar='NAME',
+    help='full, deferred, recompute, copy_state or speculative (the default for models with exits)',
+  )
+  exits.add_argument(
+    '--confidence',
+    metavar='NAME',
+    help='max_prob (the default), margin, entropy, patience, cosine or classifier',
+  )
+  exits.add_argument(
+    '--patience', type=int, metavar='N', help='exits that must agree, 2 by default'
+  )
+  exits.add_argument(
+    '--decay', type=float, metavar='RATE', help='thresholds fall with the tokens; CALM uses 4'
+  )
+  exits.add_argument('--exit_layer', type=int, metavar='L', help='speculation: draft after it')
+  exits.add_argument('--num_drafts', type=int, metavar='N', help='speculation: drafts a round')
+  exits.add_argument(
+    '--acceptance', metavar='RULE', help='speculation: coupled (the default) or rejection'
   )
   exits.add_argument('--depths', action='store_true', help='list tokens with layer and confidence')
   sampling = parser.add_argument_group('sampling')
@@ -115,9 +156,10 @@ def run(flags: argparse.Namespace) -> int:
     for field in dataclasses.fields(config)
     if getattr(flags, field.name) is not None
   }
-  settings = dataclasses.replace(config, **given).settings()
+  config = dataclasses.replace(config, **given)
   prompts = _prompts(flags)
   model = load(flags.model_dir, step=flags.step)
+  settings = config.settings(model.config)
   console = Console(highlight=False, soft_wrap=True)
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):
     _stream(model, prompts[0], settings, console)

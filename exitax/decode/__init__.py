@@ -35,6 +35,7 @@ from exitax.decode.state import (
   gather_rows,
   init_state,
 )
+from exitax.decode.strategies import Strategy, StrategySettings
 
 __all__ = [
   'Acceptance',
@@ -69,6 +70,8 @@ __all__ = [
   'Speculative',
   'StopReason',
   'StepPlan',
+  'Strategy',
+  'StrategySettings',
   'StreamEvent',
   'ThresholdExit',
   'Visibility',

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from exitax.decode.confidence import Confidence
 from exitax.decode.lanes import Causal
 from exitax.decode.loop import prefill_chunk, run_steps
 from exitax.decode.plan import StepPlan
@@ -196,6 +197,7 @@ def _start(
   """A prefilled state, and what runs it."""
   config, rows = model.config, len(prompts)
   _check_prompts(config, prompts, max_new_tokens)
+  check_params(params, policy.plan(config))
   if chunk < 1:
     raise UserError(f'prefill_chunk={chunk} must be at least 1')
   requests = make_requests(
@@ -253,6 +255,15 @@ def _check_prompts(
         f'of {config.max_length}: shorten the prompt or ask for at most '
         f'{max(config.max_length - len(prompt), 0)} new tokens'
       )
+
+
+def check_params(params: Params, plan: StepPlan) -> None:
+  """Raises UserError if the plan reads parameters that are not there."""
+  if plan.confidence is Confidence.CLASSIFIER and 'confidence' not in params:
+    raise UserError(
+      'confidence=classifier needs classifiers, one per exit, and this model has none: train them '
+      'with `exitax tune-confidence`'
+    )
 
 
 def _per_row(name: str, values: Sequence[Any], rows: int) -> Sequence[Any]:

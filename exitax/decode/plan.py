@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
+from exitax.decode.confidence import Confidence
 from exitax.decode.lanes import Visibility
 from exitax.models import ExitLM, Params
 
@@ -73,6 +74,11 @@ class StepPlan(Protocol):
   @property
   def overhang(self) -> int:
     """Columns that windows of lanes may reach beyond a row's last token."""
+    ...
+
+  @property
+  def confidence(self) -> Confidence:
+    """The measure that is compared or recorded."""
     ...
 
   @property
