@@ -7,7 +7,13 @@ from exitax.decode.acceptance import Acceptance
 from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
 from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit
 from exitax.decode.depth import ExitPlan, Filling
-from exitax.decode.draft_choice import DraftCosts, DraftStats, estimate_costs, tokens_per_round
+from exitax.decode.draft_choice import (
+  DraftCosts,
+  DraftStats,
+  draft_buckets,
+  estimate_costs,
+  tokens_per_round,
+)
 
 # The primitive and the loop.
 from exitax.decode.extend import Extension, extend
@@ -26,7 +32,7 @@ from exitax.decode.policies import (
 )
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
-from exitax.decode.speculation import STATS, DraftPlan
+from exitax.decode.speculation import FORCED, STATS, DraftPlan
 from exitax.decode.state import (
   DecodeState,
   ExitRecord,
@@ -53,6 +59,7 @@ __all__ = [
   'ExitPolicy',
   'ExitRecord',
   'Extension',
+  'FORCED',
   'Filling',
   'FullDepth',
   'Gain',
@@ -80,6 +87,7 @@ __all__ = [
   'classifier_logit',
   'completions_since',
   'consecutive_lanes',
+  'draft_buckets',
   'estimate_costs',
   'extend',
   'filter_logits',

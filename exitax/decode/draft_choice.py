@@ -25,28 +25,19 @@ LANE_SLOPE = 0.07
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftCosts:
-  """What the parts of a round cost, in one unit of any size.
+  """What rounds cost, in one unit of any size (`estimate_costs`, or measured seconds).
 
   Attributes:
-    draft: per exit, its layers on one lane.
-    head: per exit, its head and vocabulary matrix on one lane.
-    verify: per exit, for each number of lanes of `lane_buckets`, the layers behind it and the final
-      head.
-    plain: all layers and the final head on one lane.
-    lane_buckets: numbers of lanes that verification is compiled for, ascending.
+    rounds: per exit, for 1, 2, ... drafts.
+    plain: a step that drafts nothing: all layers and the final head on one lane.
   """
 
-  draft: tuple[float, ...]
-  head: tuple[float, ...]
-  verify: tuple[tuple[float, ...], ...]
+  rounds: tuple[tuple[float, ...], ...]
   plain: float
-  lane_buckets: tuple[int, ...]
 
-  def of_round(self, exit_index: int, num_drafts: int) -> float:
-    """A round of `num_drafts` drafts at an exit: each runs its layers, and so does the newest token."""
-    bucket = next(i for i, lanes in enumerate(self.lane_buckets) if lanes > num_drafts)
-    drafting = (num_drafts + 1) * self.draft[exit_index] + num_drafts * self.head[exit_index]
-    return drafting + self.verify[exit_index][bucket]
+  def speedup(self, exit_index: int, num_drafts: int, tokens: float) -> float:
+    """How much faster rounds that gain `tokens` on average are than plain steps."""
+    return tokens * self.plain / self.rounds[exit_index][num_drafts - 1]
 
 
 @struct.dataclass
@@ -94,7 +85,6 @@ def choose_draft(
   active: jax.Array,
   costs: DraftCosts,
   *,
-  max_drafts: int,
   prior: float,
   prior_weight: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +94,6 @@ def choose_draft(
     stats: what rows have seen.
     active: bool `[rows]`.
     costs: of rounds.
-    max_drafts: most drafts of a round.
     prior: agreement that an exit is thought to have before it was tried.
     prior_weight: how many tokens' worth of trust that deserves.
 
@@ -112,14 +101,12 @@ def choose_draft(
     I32 scalars: the exit's index, or the number of exits for a plain step; and the number of drafts,
     0 for a plain step.
   """
-  num_exits = stats.tried.shape[1]
+  cost = jnp.asarray(costs.rounds)
+  num_exits, max_drafts = cost.shape
   agreement = (stats.agreed + prior * prior_weight) / (stats.tried + prior_weight)
   share = active / jnp.maximum(jnp.sum(active), 1)
   lengths = jnp.arange(1, max_drafts + 1)
   expected = tokens_per_round(agreement[:, :, None], lengths)  # [rows, exits, lengths]
-  cost = jnp.asarray(
-    [[costs.of_round(j, d) for d in range(1, max_drafts + 1)] for j in range(num_exits)]
-  )
   rate = jnp.einsum('r,rjd->jd', share, expected) / cost
   best = jnp.argmax(rate)
   pays = rate.ravel()[best] * costs.plain > 1.0
@@ -130,37 +117,36 @@ def choose_draft(
 def estimate_costs(
   config: ModelConfig,
   exits: tuple[ExitConfig, ...],
-  lane_buckets: tuple[int, ...],
   *,
+  max_drafts: int,
   lane_slope: float = LANE_SLOPE,
 ) -> DraftCosts:
-  """Costs in parameters read, the bound of decoding; more lanes cost `lane_slope` each."""
+  """Costs in layers read, the bound of decoding; each lane after the first costs `lane_slope` more.
+
+  A round of d drafts at exit l runs d + 1 passes of l layers, d heads, and one pass of the others and
+  the final head over d + 1 lanes, padded.
+  """
   block = config.block
   attention = block.embed_dim * block.head_dim * 2 * (block.num_heads + block.num_kv_heads)
   mlp = 3 * block.embed_dim * block.mlp_dim
-  matrix = config.vocab_size * config.embed_dim
+  layer = attention + mlp
+  matrix = config.vocab_size * config.embed_dim / layer
   own = {
-    HeadKind.EMBEDDING: 0,
-    HeadKind.NORM: 0,
-    HeadKind.MLP: mlp,
-    HeadKind.LAYER: attention + mlp,
+    HeadKind.EMBEDDING: 0.0,
+    HeadKind.NORM: 0.0,
+    HeadKind.MLP: mlp / layer,
+    HeadKind.LAYER: 1.0,
   }
-  layer, unit = attention + mlp, attention + mlp
 
-  def lanes(number: int) -> float:
-    return 1.0 + lane_slope * (number - 1)
+  def of_round(item: ExitConfig, num_drafts: int) -> float:
+    lanes = next(n for n in draft_buckets(max_drafts) if n > num_drafts)
+    drafting = (num_drafts + 1) * item.layer + num_drafts * (own[item.head] + matrix)
+    return drafting + (1.0 + lane_slope * (lanes - 1)) * (config.num_layers - item.layer + matrix)
 
+  lengths = range(1, max_drafts + 1)
   return DraftCosts(
-    draft=tuple(item.layer * layer / unit for item in exits),
-    head=tuple((own[item.head] + matrix) / unit for item in exits),
-    verify=tuple(
-      tuple(
-        lanes(n) * ((config.num_layers - item.layer) * layer + matrix) / unit for n in lane_buckets
-      )
-      for item in exits
-    ),
-    plain=(config.num_layers * layer + matrix) / unit,
-    lane_buckets=lane_buckets,
+    rounds=tuple(tuple(of_round(item, d) for d in lengths) for item in exits),
+    plain=config.num_layers + matrix,
   )
 
 

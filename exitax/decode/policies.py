@@ -184,7 +184,9 @@ class Speculative:
     max_drafts: most drafts of a round.
     layers: exits to choose from; None means all of the model's.
     acceptance: the rule for sampled rows.
-    costs: what rounds cost here (see `exitax advise`); None estimates it from the model's shape.
+    costs: what rounds cost here (`evaluate.measure_draft_costs`); None estimates it from the model's
+      shape.
+    forced: exit and drafts are read from the state: to measure what rounds cost.
     confidence: what is recorded of the scores that chose a token.
     pending_capacity: room for the waiting tokens of other plans for the same state.
     num_top: alternatives whose log-probabilities are recorded per token.
@@ -196,6 +198,7 @@ class Speculative:
   layers: tuple[int, ...] | None = None
   acceptance: Acceptance = Acceptance.COUPLED
   costs: DraftCosts | None = None
+  forced: bool = False
   confidence: Confidence = Confidence.MAX_PROB
   pending_capacity: int = 1
   num_top: int = 0
@@ -229,11 +232,25 @@ class Speculative:
       confidence=self.confidence,
       acceptance=self.acceptance,
       max_drafts=most,
-      costs=self.costs or estimate_costs(config, exits, draft_buckets(most)),
+      costs=self._costs(config, exits, most),
+      lane_buckets=draft_buckets(most),
       fixed=fixed,
+      forced=self.forced,
       pending_capacity=self.pending_capacity,
       num_top=self.num_top,
     )
+
+  def _costs(
+    self, config: ModelConfig, exits: tuple[ExitConfig, ...], max_drafts: int
+  ) -> DraftCosts:
+    if self.costs is None:
+      return estimate_costs(config, exits, max_drafts=max_drafts)
+    if [len(rounds) for rounds in self.costs.rounds] != [max_drafts] * len(exits):
+      raise UserError(
+        f'costs are of {len(self.costs.rounds)} exits, and drafting has {len(exits)} exits and up to '
+        f'{max_drafts} drafts: measure them for the same'
+      )
+    return self.costs
 
   def thresholds(self, config: ModelConfig) -> tuple[float, ...]:
     """One that never exits for each exit."""

@@ -39,7 +39,11 @@ from exitax.decode.state import DecodeState
 from exitax.layers import HeadKind
 from exitax.models import ExitConfig, ExitLM, Params
 
-STATS = 'draft'  # Where a plan keeps its `DraftStats` in `ExitRecord.extra`.
+# Where a plan keeps things in `ExitRecord.extra`.
+STATS = 'draft'  # `DraftStats`.
+FORCED = (
+  'forced_draft'  # I32 `[rows, 2]`: exit and drafts of the next rounds; the first row's count.
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,10 @@ class DraftPlan:
     confidence: what is recorded of the scores that chose a token; a function of scores.
     acceptance: the rule for sampled rows.
     max_drafts: most drafts of a round.
-    costs: what rounds cost; also the numbers of lanes that verification is compiled for.
+    costs: what rounds cost.
+    lane_buckets: numbers of lanes that verification is compiled for.
     fixed: the exit's index and the number of drafts of every round; None chooses by `choose_draft`.
+    forced: exit and drafts are read from the state: to measure what rounds cost.
     memory: how much of what was seen of an exit counts one round later.
     prior: agreement that an exit is thought to have before it was tried.
     prior_weight: tokens' worth of trust in it.
@@ -68,7 +74,9 @@ class DraftPlan:
   acceptance: Acceptance
   max_drafts: int
   costs: DraftCosts
+  lane_buckets: tuple[int, ...]
   fixed: tuple[int, int] | None = None
+  forced: bool = False
   memory: float = 0.95
   prior: float = 0.7
   prior_weight: float = 2.0
@@ -89,7 +97,7 @@ class DraftPlan:
   @property
   def width(self) -> int:
     """Lanes of the widest verification."""
-    return self.costs.lane_buckets[-1]
+    return self.lane_buckets[-1]
 
   @property
   def overhang(self) -> int:
@@ -98,7 +106,8 @@ class DraftPlan:
 
   def init_extra(self, rows: int) -> dict[str, Any]:
     """Statistics of the exits."""
-    return {STATS: no_stats(rows, len(self.exits))}
+    extra: dict[str, Any] = {STATS: no_stats(rows, len(self.exits))}
+    return {**extra, FORCED: jnp.zeros((rows, 2), jnp.int32)} if self.forced else extra
 
   def advance(
     self, model: ExitLM, params: Params, state: DecodeState, *, visibility: Visibility
@@ -162,11 +171,13 @@ class _Round:
   def _choose(self, stats: DraftStats, active: jax.Array) -> tuple[Any, Any]:
     if self.plan.fixed is not None:
       return self.plan.fixed
+    if self.plan.forced:
+      exit_index, num_drafts = self.before.aux.extra[FORCED][0]
+      return exit_index, num_drafts
     return choose_draft(
       stats,
       active,
       self.plan.costs,
-      max_drafts=self.plan.max_drafts,
       prior=self.plan.prior,
       prior_weight=self.plan.prior_weight,
     )
@@ -293,7 +304,7 @@ class _Round:
 
   def _buckets(self) -> tuple[tuple[int, int], ...]:
     """Numbers of lanes, each with the one before."""
-    lanes = self.plan.costs.lane_buckets
+    lanes = self.plan.lane_buckets
     return tuple(zip((0, *lanes[:-1]), lanes, strict=True))
 
   # Results.

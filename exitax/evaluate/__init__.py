@@ -2,6 +2,7 @@
 
 from exitax.evaluate.config import EvaluateConfig
 from exitax.evaluate.decoding import PromptDecoder, held_out_prompts
+from exitax.evaluate.draft_costs import measure_draft_costs
 from exitax.evaluate.evaluation import evaluate
 from exitax.evaluate.facts import DataFacts, MachineFacts, ModelFacts
 from exitax.evaluate.rendering import render_report
@@ -51,4 +52,5 @@ __all__ = [
   'SpeedRow',
   'held_out_prompts',
   'measure_speed',
+  'measure_draft_costs',
 ]

@@ -14,24 +14,23 @@ from exitax.decode.draft_choice import (
 )
 from exitax.models import ExitConfig, ModelConfig
 
+# Exits after layers 2 and 4 of 8; heads of 0.5; verification of 4 and 8 lanes.
 COSTS = DraftCosts(
-  draft=(2.0, 4.0),
-  head=(0.5, 0.5),
-  verify=((7.0, 8.0), (5.0, 6.0)),
+  rounds=tuple(
+    tuple((d + 1) * layer + 0.5 * d + (7.0 if d < 4 else 8.0) - layer / 2 for d in range(1, 8))
+    for layer in (2.0, 4.0)
+  ),
   plain=8.5,
-  lane_buckets=(4, 8),
 )
 
 
-def _choice(agreed, tried, *, active=None, max_drafts=7, prior_weight=0.0):
+def _choice(agreed, tried, *, active=None, prior_weight=0.0):
   agreed, tried = np.atleast_2d(agreed), np.atleast_2d(tried)
   stats = dataclasses.replace(
     no_stats(len(agreed), 2), agreed=jnp.asarray(agreed), tried=jnp.asarray(tried)
   )
   active = np.ones(len(agreed), bool) if active is None else np.asarray(active)
-  chosen = choose_draft(
-    stats, active, COSTS, max_drafts=max_drafts, prior=0.5, prior_weight=prior_weight
-  )
+  chosen = choose_draft(stats, active, COSTS, prior=0.5, prior_weight=prior_weight)
   return tuple(int(x) for x in chosen)
 
 
@@ -42,16 +41,10 @@ def test_tokens_per_round_of_a_worked_example():
   np.testing.assert_allclose(tokens_per_round(jnp.float32(0.0), 3), 1.0)
 
 
-def test_cost_of_a_round_of_a_worked_example():
-  # Two drafts after layer 2: three passes, two heads, verification of three lanes padded to four.
-  assert COSTS.of_round(0, 2) == 3 * 2.0 + 2 * 0.5 + 7.0
-  assert COSTS.of_round(1, 4) == 5 * 4.0 + 4 * 0.5 + 6.0
-
-
 def test_the_choice_is_the_best_of_all():
   for agreement in ((0.95, 0.99), (0.6, 0.97), (0.8, 0.8), (0.3, 0.9)):
     rates = {
-      (j, d): float(tokens_per_round(jnp.float32(agreement[j]), d)) / COSTS.of_round(j, d)
+      (j, d): float(tokens_per_round(jnp.float32(agreement[j]), d)) / COSTS.rounds[j][d - 1]
       for j in range(2)
       for d in range(1, 8)
     }
@@ -87,9 +80,11 @@ def test_estimated_costs_grow_with_layers_and_lanes():
     vocab_size=64, num_layers=8, embed_dim=32, num_heads=4, mlp_dim=64, max_length=64
   )
   exits = (ExitConfig(layer=2), ExitConfig(layer=4))
-  costs = estimate_costs(config, exits, (4, 8), lane_slope=0.1)
+  costs = estimate_costs(config, exits, max_drafts=7, lane_slope=0.1)
   head = 64 * 32 / (4 * 32 * 32 + 3 * 32 * 64)
-  np.testing.assert_allclose(costs.draft, [2, 4])
-  np.testing.assert_allclose(costs.head, [head, head])
   np.testing.assert_allclose(costs.plain, 8 + head)
-  np.testing.assert_allclose(costs.verify[0], [1.3 * (6 + head), 1.7 * (6 + head)])
+  # Two drafts after layer 2: three passes, two heads, three lanes padded to four behind it.
+  np.testing.assert_allclose(costs.rounds[0][1], 3 * 2 + 2 * head + 1.3 * (6 + head))
+  # Four after layer 4: five lanes are padded to eight.
+  np.testing.assert_allclose(costs.rounds[1][3], 5 * 4 + 4 * head + 1.7 * (4 + head))
+  assert costs.speedup(0, 2, 3.0) == 3 * costs.plain / costs.rounds[0][1]
