@@ -1,0 +1,227 @@
+"""Lossless self-speculation: tokens/s against full depth, predicted and measured, and transformers.
+
+  python benchmarks/speculative.py [--quick | --full]
+
+Two models of 12 layers and width 384, trained on Python's standard library by the commands in
+gin/runs/layerskip_small.gin and gin/runs/plain_small.gin (an hour or two each on two cores, once; a run
+that was stopped goes on). The first was made to exit, the second has exits that were never trained:
+there the adaptive rule must notice and lose nothing. With --quick missing models are trained for
+seconds, and the numbers mean nothing.
+
+Text is held out, decoding is greedy and one request at a time; every speculative text is checked to be
+that of full depth. Costs of rounds are measured in this run; a prediction is the formula
+(1 - a^(d+1)) / (1 - a) over these costs, with the agreement a of the exit on the generated text.
+transformers runs the same weights, exits' norms included, plain and with `assistant_early_exit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from assisted_twin import AssistedLlama
+from common import Effort, Goal, effort_from_arguments, finish, in_turns, median_ratio, say
+from step_timer import StepTimer
+from trained import held_out, trained
+
+from exitax import decode
+from exitax.checkpoint import LoadedModel
+from exitax.evaluate import measure_draft_costs
+from exitax.models import logits_at_exits
+
+PROMPT = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+  """How much is decoded."""
+
+  prompts: int
+  new_tokens: int
+  repeats: int
+
+
+SIZES = {
+  Effort.QUICK: Size(prompts=2, new_tokens=32, repeats=2),
+  Effort.NORMAL: Size(prompts=4, new_tokens=192, repeats=5),
+  Effort.FULL: Size(prompts=16, new_tokens=256, repeats=7),
+}
+
+
+class Subject:
+  """One model with everything that is measured of it."""
+
+  def __init__(self, name: str, effort: Effort, size: Size) -> None:
+    self.name, self.size = name, size
+    self.loaded: LoadedModel = trained(name, effort)
+    self.model = self.loaded.model
+    self.params = decode.prepare_params(self.model, self.loaded.params)
+    self.prompts = held_out(self.loaded, count=size.prompts, num_tokens=PROMPT)
+    say(f'{name}: costs of rounds')
+    self.costs = measure_draft_costs(self.model, self.params, context=PROMPT)
+    self.full = self._timers(decode.FullDepth())
+    self.agreement = self._agreement()
+    self.best = {j: self._best_length(j) for j in range(len(self.model.config.exits))}
+    self.timers = {
+      'full': self.full,
+      'adaptive': self._timers(decode.Speculative(costs=self.costs)),
+    }
+    self.timers['adaptive, estimated costs'] = self._timers(decode.Speculative())
+    for j, num_drafts in self.best.items():
+      policy = decode.Speculative(
+        exit_layer=self.model.config.exits[j].layer, num_drafts=num_drafts, max_drafts=7
+      )
+      self.timers[f'exit {policy.exit_layer}, {num_drafts} drafts'] = self._timers(policy)
+    self._check_lossless()
+
+  def measures(self) -> dict[str, Callable[[], float]]:
+    """Seconds of all prompts, one after the other, by name of the way."""
+    return {
+      f'{self.name}: {way}': lambda timers=timers: sum(timer.seconds() for timer in timers)
+      for way, timers in self.timers.items()
+    }
+
+  def predicted(self, exit_index: int) -> float:
+    """Speed-up of the best number of drafts at an exit."""
+    num_drafts = self.best[exit_index]
+    tokens = decode.tokens_per_round(jnp.float32(self.agreement[exit_index]), num_drafts)
+    return self.costs.speedup(exit_index, num_drafts, float(tokens))
+
+  def rows(self, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """The table: a row per way."""
+    rows = []
+    base = seconds[f'{self.name}: full']
+    total = self.size.new_tokens * len(self.prompts)
+    exits = list(self.timers)[3:]
+    for way, timers in self.timers.items():
+      taken = seconds[f'{self.name}: {way}']
+      row: dict[str, Any] = {
+        'model': self.name,
+        'way': way,
+        'tokens_per_s': total / statistics.median(taken),
+        'speedup': median_ratio(base, taken),
+      }
+      if way != 'full':
+        row |= _rounds(timers, self.size.new_tokens)
+      if way in exits:
+        index = exits.index(way)
+        row |= {'agreement': self.agreement[index], 'predicted': self.predicted(index)}
+      rows.append(row)
+    return rows
+
+  def _timers(self, policy: decode.ExitPolicy) -> list[StepTimer]:
+    return [
+      StepTimer(self.model, self.params, policy, [prompt], new_tokens=self.size.new_tokens)
+      for prompt in self.prompts
+    ]
+
+  def _agreement(self) -> list[float]:
+    """How often each exit ranks the final layer's token first, along the texts of full depth."""
+    same = []
+    for prompt, timer in zip(self.prompts, self.full, strict=True):
+      tokens = jnp.asarray([[*prompt, *timer.tokens[0]]])
+      positions = jnp.arange(tokens.shape[1])[None]
+      logits = logits_at_exits(
+        self.model, self.loaded.params, tokens, jnp.ones_like(tokens), positions
+      )
+      best = np.asarray(logits[:, 0, len(prompt) - 1 : -1].argmax(-1))
+      same.append(best[:-1] == best[-1])
+    return [float(x) for x in np.concatenate(same, axis=1).mean(axis=1)]
+
+  def _best_length(self, exit_index: int) -> int:
+    lengths = range(1, len(self.costs.rounds[exit_index]) + 1)
+    agreement = jnp.float32(self.agreement[exit_index])
+    return max(
+      lengths,
+      key=lambda d: self.costs.speedup(exit_index, d, float(decode.tokens_per_round(agreement, d))),
+    )
+
+  def _check_lossless(self) -> None:
+    expected = [timer.tokens for timer in self.full]
+    for way, timers in self.timers.items():
+      if [timer.tokens for timer in timers] != expected:
+        raise SystemExit(f'{self.name}: {way} wrote another text than full depth')
+
+
+def main() -> None:
+  """Measures both models and transformers in turns."""
+  effort = effort_from_arguments(__doc__)
+  size = SIZES[effort]
+  skipping, plain = (Subject(name, effort, size) for name in ('layerskip_small', 'plain_small'))
+  say('transformers')
+  theirs = AssistedLlama(skipping.model.config, skipping.loaded.params)
+  exits = [None, *(item.layer for item in skipping.model.config.exits)]
+  measures = {**skipping.measures(), **plain.measures()}
+  for layer in exits:
+    measures[f'transformers {layer}'] = lambda layer=layer: sum(
+      theirs.seconds(prompt, size.new_tokens, layer) for prompt in skipping.prompts
+    )
+  seconds = in_turns(measures, size.repeats)
+  rows = [*skipping.rows(seconds), *plain.rows(seconds)]
+  total = size.new_tokens * len(skipping.prompts)
+  for layer in exits:
+    taken = seconds[f'transformers {layer}']
+    rows.append(
+      {
+        'model': skipping.name,
+        'way': f'transformers, {"plain" if layer is None else f"assisted by exit {layer}"}',
+        'tokens_per_s': total / statistics.median(taken),
+        'speedup': median_ratio(seconds['transformers None'], taken),
+      }
+    )
+  best_theirs = min(
+    exits[1:], key=lambda layer: statistics.median(seconds[f'transformers {layer}'])
+  )
+  best = max(skipping.best, key=skipping.predicted)
+  ways = list(skipping.timers)
+  measured = median_ratio(
+    seconds['layerskip_small: full'], seconds[f'layerskip_small: {ways[3 + best]}']
+  )
+  adaptive = seconds['layerskip_small: adaptive']
+  goals = [
+    Goal(
+      name='lossless_speedup',
+      value=median_ratio(seconds['layerskip_small: full'], adaptive),
+      op='>=',
+      goal=1.8,
+    ),
+    Goal(
+      name='vs_transformers_assisted',
+      value=median_ratio(seconds[f'transformers {best_theirs}'], adaptive),
+      op='>=',
+      goal=1.0,
+    ),
+    Goal(
+      name='prediction_error',
+      value=abs(skipping.predicted(best) / measured - 1),
+      op='<=',
+      goal=0.15,
+    ),
+    Goal(
+      name='worst_case_slowdown',
+      value=median_ratio(seconds['plain_small: adaptive'], seconds['plain_small: full']),
+      op='<=',
+      goal=1.05,
+    ),
+  ]
+  finish('speculative', rows, goals)
+
+
+def _rounds(timers: list[StepTimer], new_tokens: int) -> dict[str, float]:
+  stats = [jax.device_get(timer.state.aux.extra[decode.STATS]) for timer in timers]
+  drafted = sum(int(x.drafted.sum()) for x in stats)
+  accepted = sum(int(x.accepted.sum()) for x in stats)
+  rounds = sum(int(x.rounds.sum()) for x in stats)
+  return {
+    'tokens_per_round': new_tokens * len(timers) / rounds,
+    'accepted': accepted / max(drafted, 1),
+  }
+
+
+if __name__ == '__main__':
+  main()

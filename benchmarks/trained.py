@@ -1,0 +1,50 @@
+"""Models that a benchmark needs trained: found, or trained by the command in their gin file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from common import Effort, say
+
+from exitax.checkpoint import LoadedModel, load_model
+from exitax.commands import gin_config
+from exitax.commands.train import CONFIG_FILE
+from exitax.data import DataConfig, build_data
+from exitax.evaluate import held_out_prompts
+from exitax.parallel import MeshConfig, ShardingRules, make_mesh
+
+ROOT = Path(__file__).resolve().parent.parent
+# A model of seconds, to see that a benchmark works; what it measures means nothing.
+SHORT = (
+  '--gin.TRAIN_STEPS=40',
+  '--gin.BATCH_SIZE=4',
+  "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
+  '--gin.OptimizerConfig.warmup_steps=10',
+)
+
+
+def trained(name: str, effort: Effort) -> LoadedModel:
+  """The model of `gin/runs/NAME.gin`, from `runs/NAME`; trained there first if it is missing.
+
+  With `Effort.QUICK` a missing model is trained for seconds only, in `runs/NAME_short`.
+  """
+  directory = ROOT / 'runs' / name
+  command = [f'--gin_file=gin/runs/{name}.gin']
+  if effort is Effort.QUICK and not directory.exists():
+    directory, command = ROOT / 'runs' / f'{name}_short', [*command, *SHORT]
+  say(f'{directory.relative_to(ROOT)}: training what is missing')
+  command = [sys.executable, '-m', 'exitax', 'train', *command, f'--model_dir={directory}']
+  # Resumes, and ends at once where nothing is missing.
+  subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+  rules = ShardingRules()
+  return load_model(directory, mesh=make_mesh(MeshConfig(data=1)), rules=rules)
+
+
+def held_out(loaded: LoadedModel, *, count: int, num_tokens: int) -> list[list[int]]:
+  """The beginnings of held-out documents of what a model was trained on."""
+  text = (Path(loaded.directory) / CONFIG_FILE).read_text(encoding='utf-8')
+  gin_config.parse([], [], text=text)
+  data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
+  return held_out_prompts(data, count=count, num_tokens=num_tokens)
