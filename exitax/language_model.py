@@ -19,11 +19,12 @@ from exitax.decode import (
   StopReason,
   Strategy,
   StrategySettings,
+  WeightFormat,
   generate,
   prepare_params,
   stream,
 )
-from exitax.errors import UserError
+from exitax.errors import UserError, choose
 from exitax.models import ModelConfig, Params
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh, shard_batch, use
@@ -97,6 +98,7 @@ def load(
   step: int | None = None,
   mesh: MeshConfig = MeshConfig(data=1),
   rules: ShardingRules = ShardingRules(),
+  weights: str | WeightFormat = WeightFormat.COMPUTE,
 ) -> LanguageModel:
   """Opens a model directory that `exitax train` wrote.
 
@@ -105,6 +107,8 @@ def load(
     step: which checkpoint; the latest by default.
     mesh: devices to use; the first one by default.
     rules: how parameters lie on them.
+    weights: 'compute', or 'int8' to generate with matrices of 8 bits (a quarter of the memory of float32, and an
+      approximation; scores are those of the full ones).
 
   Raises:
     UserError: the directory holds no model, or a damaged one.
@@ -113,14 +117,22 @@ def load(
   devices = jax.devices()[:size] if mesh.data > 0 else None
   device_mesh = make_mesh(mesh, devices)
   loaded = load_model(model_dir, mesh=device_mesh, rules=rules, step=step)
-  return LanguageModel(loaded, mesh=device_mesh, rules=rules)
+  weights = choose(WeightFormat, weights, name='weights')
+  return LanguageModel(loaded, mesh=device_mesh, rules=rules, weights=weights)
 
 
 class LanguageModel:
   """A trained model with its tokenizer, on a mesh."""
 
-  def __init__(self, loaded: LoadedModel, *, mesh: jax.sharding.Mesh, rules: ShardingRules) -> None:
-    self._loaded = loaded
+  def __init__(
+    self,
+    loaded: LoadedModel,
+    *,
+    mesh: jax.sharding.Mesh,
+    rules: ShardingRules,
+    weights: WeightFormat = WeightFormat.COMPUTE,
+  ) -> None:
+    self._loaded, self._weights = loaded, weights
     self._mesh, self._rules = mesh, rules
     self._decode_params: Params | None = None
     self._score_fn = jax.jit(make_score_fn(loaded.model))
@@ -277,7 +289,7 @@ class LanguageModel:
 
   def _prepared(self) -> Params:
     if self._decode_params is None:
-      self._decode_params = prepare_params(self._loaded.model, self.params)
+      self._decode_params = prepare_params(self._loaded.model, self.params, weights=self._weights)
     return self._decode_params
 
   def _as_text(self, prompt: str, completion: Completion) -> TextCompletion:

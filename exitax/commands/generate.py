@@ -47,6 +47,7 @@ class GenerateConfig:
     exit_layer: speculation drafts after this layer always (with num_drafts); None chooses.
     num_drafts: drafts of every round of speculation; None chooses.
     acceptance: 'coupled' (a seed gives the text of full depth) or 'rejection' (accepts more).
+    weights: 'compute', or 'int8': matrices in 8 bits, an approximation.
     temperature: 0 is greedy.
     top_k: keeps the k best tokens; 0 keeps all.
     top_p: keeps the fewest tokens whose probabilities reach it; 1 keeps all.
@@ -63,6 +64,7 @@ class GenerateConfig:
   exit_layer: int | None = None
   num_drafts: int | None = None
   acceptance: str = 'coupled'
+  weights: str = 'compute'
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
@@ -131,6 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--acceptance', metavar='RULE', help='speculation: coupled (the default) or rejection'
   )
   exits.add_argument('--depths', action='store_true', help='list tokens with layer and confidence')
+  parser.add_argument('--weights', metavar='FORMAT', help='compute (the default) or int8')
   sampling = parser.add_argument_group('sampling')
   sampling.add_argument('--temperature', type=float, help='0, the default, is greedy')
   sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
@@ -158,7 +161,7 @@ def run(flags: argparse.Namespace) -> int:
   }
   config = dataclasses.replace(config, **given)
   prompts = _prompts(flags)
-  model = load(flags.model_dir, step=flags.step)
+  model = load(flags.model_dir, step=flags.step, weights=config.weights)
   settings = config.settings(model.config)
   console = Console(highlight=False, soft_wrap=True)
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):

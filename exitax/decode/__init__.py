@@ -17,7 +17,14 @@ from exitax.decode.draft_choice import (
 
 # The primitive and the loop.
 from exitax.decode.extend import Extension, extend
-from exitax.decode.generate import begin, generate, make_requests, prepare_params, stream
+from exitax.decode.generate import (
+  WeightFormat,
+  begin,
+  generate,
+  make_requests,
+  prepare_params,
+  stream,
+)
 from exitax.decode.lanes import Causal, KeyColumns, Lanes, Visibility, consecutive_lanes
 from exitax.decode.loop import prefill_chunk, run_steps, step
 from exitax.decode.plan import Agreement, Gain, Record, StepPlan
@@ -82,6 +89,7 @@ __all__ = [
   'StreamEvent',
   'ThresholdExit',
   'Visibility',
+  'WeightFormat',
   'begin',
   'choose_tokens',
   'classifier_logit',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from exitax.decode.results import GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler
 from exitax.decode.state import NO_TOKEN, DecodeState, Requests, init_state
 from exitax.errors import UserError
-from exitax.layers import join_linears, platform
+from exitax.layers import Int8, join_linears, platform, quantise_matrices
 from exitax.models import ExitLM, ModelConfig, Params
 
 # Capacities are multiples of it, so that prompts of similar length share compiled programs.
@@ -84,8 +85,17 @@ def stream(
   return _events(state, run, tokens_per_event)
 
 
-def prepare_params(model: ExitLM, params: Params) -> Params:
-  """Parameters as decoding reads them: one tree per layer, matrices in the compute dtype.
+class WeightFormat(enum.Enum):
+  """How matrices are kept for decoding."""
+
+  COMPUTE = 'compute'  # In the format of the computation.
+  INT8 = 'int8'  # 8 bits and a scale per output channel (vocabulary: per row). Approximate.
+
+
+def prepare_params(
+  model: ExitLM, params: Params, *, weights: WeightFormat = WeightFormat.COMPUTE
+) -> Params:
+  """Parameters as decoding reads them: one tree per layer, matrices in the format asked for.
 
   Maps of one input are joined, unless the ambient mesh spreads them over devices. `generate` does
   it on every call; do it once to keep the copy. Does nothing the second time.
@@ -93,13 +103,20 @@ def prepare_params(model: ExitLM, params: Params) -> Params:
   dtype = model.config.precision.dtype
 
   def cast(path: Any, leaf: jax.Array) -> jax.Array:
-    is_matrix = path[-1].key in ('kernel', 'matrix')
+    is_matrix = getattr(path[-1], 'key', '') in ('kernel', 'matrix')
     return leaf.astype(dtype) if is_matrix and leaf.dtype != dtype else leaf
 
+  if _has_int8(params):
+    return params
   prepared = jax.tree_util.tree_map_with_path(cast, model.unstack(params))
-  if platform.partitioned():
-    return prepared
-  return {name: join_linears(part) for name, part in prepared.items()}
+  if not platform.partitioned():
+    prepared = {name: join_linears(part) for name, part in prepared.items()}
+  return quantise_matrices(prepared) if weights is WeightFormat.INT8 else prepared
+
+
+def _has_int8(params: Params) -> bool:
+  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))
+  return any(isinstance(leaf, Int8) for leaf in leaves)
 
 
 def begin(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from exitax.layers import HeadKind
+from exitax.layers import HeadKind, split_scale
 from exitax.models import ExitConfig, ExitLM, Params
 
 
@@ -21,11 +21,13 @@ def exit_logits(
   """
   dtype = model.config.precision.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
-  matrix = model.vocab_matrix(params, exit_config).astype(dtype)
+  matrix, scale = split_scale(model.vocab_matrix(params, exit_config))
   contracted = (((1,), (1,)), ((), ()))
   scores = jax.lax.dot_general(
-    matrix, features.astype(dtype), contracted, preferred_element_type=wide
+    matrix.astype(dtype), features.astype(dtype), contracted, preferred_element_type=wide
   )
+  if scale is not None:
+    scores = scores * scale
   return jax.lax.optimization_barrier(scores).T
 
 

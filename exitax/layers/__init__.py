@@ -13,8 +13,7 @@ from exitax.layers.config import BlockConfig, Precision
 from exitax.layers.dropout import DropFn, DropSite, drop_nothing, drop_units, keep_mask
 from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
-
-# Functions.
+from exitax.layers.int8 import Int8, quantise, quantise_matrices, split_scale
 from exitax.layers.joined import join_linears
 from exitax.layers.kernels import MASKED_LOGIT, cached_attention, dot_product_attention
 from exitax.layers.linear import Linear, contract, project
@@ -40,6 +39,7 @@ __all__ = [
   'DropSite',
   'ExitHead',
   'HeadKind',
+  'Int8',
   'Linear',
   'Precision',
   'RMSNorm',
@@ -63,8 +63,11 @@ __all__ = [
   'make_rotary',
   'platform',
   'project',
+  'quantise',
+  'quantise_matrices',
   'rms_normalise',
   'rotate',
   'splash_attention',
+  'split_scale',
   'vocab_logits',
 ]

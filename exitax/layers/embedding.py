@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from exitax.layers.config import Precision
+from exitax.layers.int8 import Int8, split_scale
 from exitax.layers.parameter import parameter
 
 
@@ -30,15 +31,21 @@ class VocabMatrix(nn.Module):
     return parameter(self, 'matrix', init, shape=shape, axes=('vocab', 'embed'))
 
 
-def embed_tokens(matrix: jax.Array, tokens: jax.Array, precision: Precision) -> jax.Array:
+def embed_tokens(matrix: jax.Array | Int8, tokens: jax.Array, precision: Precision) -> jax.Array:
   """Rows of `matrix` `[vocab, embed]` for i32 `tokens` `[...]`: `[..., embed]`."""
-  return jnp.take(matrix, tokens, axis=0).astype(precision.dtype)
+  values, scale = split_scale(matrix)
+  rows = jnp.take(values, tokens, axis=0)
+  if scale is not None:
+    rows = rows * jnp.take(scale, tokens, axis=0)
+  return rows.astype(precision.dtype)
 
 
-def vocab_logits(matrix: jax.Array, features: jax.Array, precision: Precision) -> jax.Array:
+def vocab_logits(matrix: jax.Array | Int8, features: jax.Array, precision: Precision) -> jax.Array:
   """Scores `[..., vocab]` of `features` `[..., embed]`, in at least float32."""
   dtype = precision.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
-  return jnp.einsum(
-    '...d,vd->...v', features.astype(dtype), matrix.astype(dtype), preferred_element_type=wide
+  values, scale = split_scale(matrix)
+  scores = jnp.einsum(
+    '...d,vd->...v', features.astype(dtype), values.astype(dtype), preferred_element_type=wide
   )
+  return scores if scale is None else scores * scale[:, 0]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from exitax.layers import platform
 from exitax.layers.config import Precision
+from exitax.layers.int8 import split_scale
 from exitax.layers.parameter import parameter
 
 # Below so many rows a product is bound by reading its matrix, which must not be widened first.
@@ -114,10 +115,12 @@ class Linear(nn.Module):
     shape = (*shape_in, *self.features)
     kernel_init = nn.initializers.normal(self.init_std)
     axes = (*self.axes_in, *self.axes_out)
-    kernel = parameter(self, 'kernel', kernel_init, shape=shape, axes=axes)
+    kernel, scale = split_scale(parameter(self, 'kernel', kernel_init, shape=shape, axes=axes))
     matrix = kernel.reshape(math.prod(shape_in), math.prod(self.features))
     y = project(x.reshape(*leading, math.prod(shape_in)), matrix, self.precision)
     y = y.reshape(*leading, *self.features)
+    if scale is not None:  # 8 bits: the scale of an output channel comes out of the sum.
+      y = (y * scale.reshape(self.features)).astype(y.dtype)
     if self.use_bias:
       bias = parameter(self, 'bias', nn.initializers.zeros, shape=self.features, axes=self.axes_out)
       y = y + bias.astype(y.dtype)
