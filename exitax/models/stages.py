@@ -80,6 +80,11 @@ class StagePlan:
     return spans[0] if spans else None
 
   @property
+  def stages_to_first_exit(self) -> int:
+    """Stages that a microbatch must pass to reach an exit before the final head; all if there is none."""
+    return self.num_stages if self.first_exit is None else self.first_exit + 1
+
+  @property
   def max_exits(self) -> int:
     """Exits of the span that has most."""
     return max(len(exits) for exits in self.exits)

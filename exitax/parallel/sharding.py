@@ -156,8 +156,16 @@ def _shard_rows(
   return jax.make_array_from_callback(shape, sharding, of_device)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, rules: ShardingRules) -> None:
+def check_batch_size(
+  batch_size: int, mesh: Mesh, rules: ShardingRules, *, name: str = 'batch_size'
+) -> None:
   """Passes if the rows of a global batch spread evenly over the mesh.
+
+  Args:
+    batch_size: rows.
+    mesh: the devices.
+    rules: which axes hold the rows.
+    name: what messages call the number.
 
   Raises:
     UserError: they do not.
@@ -165,7 +173,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, rules: ShardingRules) -> None:
   axes = rules.mesh_axes('batch')
   total = math.prod(mesh.shape[axis] for axis in axes)
   if batch_size < 1 or batch_size % total:
-    raise UserError(_uneven(batch_size, mesh, axes, total))
+    raise UserError(_uneven(batch_size, mesh, axes, total, name))
 
 
 def _check_rows(num_rows: int, mesh: Mesh, mesh_axes: tuple[str, ...], blocks: BatchBlocks) -> None:
@@ -174,9 +182,11 @@ def _check_rows(num_rows: int, mesh: Mesh, mesh_axes: tuple[str, ...], blocks: B
     raise UserError(_uneven(batch_size, mesh, mesh_axes, blocks.total))
 
 
-def _uneven(batch_size: int, mesh: Mesh, mesh_axes: tuple[str, ...], total: int) -> str:
+def _uneven(
+  batch_size: int, mesh: Mesh, mesh_axes: tuple[str, ...], total: int, name: str = 'batch_size'
+) -> str:
   sizes = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in mesh_axes)
-  return f'{sizes} does not divide batch_size={batch_size}: choose a multiple of {total}'
+  return f'{sizes} does not divide {name}={batch_size}: choose a multiple of {total}'
 
 
 def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Layout:
     filled = fill_bubbles(
       table,
       backward_over_forward=config.bubble_filling_ratio,
-      min_depth=(self.plan.first_exit or 0) + 1,
+      min_depth=self.plan.stages_to_first_exit,
     )
     return len(filled.extra_depths)
 

@@ -78,10 +78,12 @@ def render_timeline(schedule: Schedule, *, width: int = 96) -> Text:
 def _heading(plan: Plan) -> Text:
   run, target = plan.run, plan.target
   exits = ', '.join(str(item.layer) for item in run.model.exits) or 'none'
+  devices = _counted(len(target.devices), 'device')
+  rows = _counted(run.data.batch_size, 'row')
   lines = [
     f'{run.model.num_layers} layers of {run.model.embed_dim}, exits after layers: {exits}',
-    f'{target.name}: {len(target.devices)} devices, {describe_layout(run)}',
-    f'{run.data.batch_size} rows of {run.data.length} tokens a step',
+    f'{target.name}: {devices}, {describe_layout(run)}',
+    f'{rows} of {run.data.length} tokens a step',
   ]
   if plan.compiled:
     lines.append(f'compiled for {target.platform} in {plan.compiled.seconds:.0f} s')
@@ -236,3 +238,7 @@ def _count(flops: float) -> str:
       return f'{flops:.3g} {unit}'
     flops /= 1000
   return f'{flops:.3g} E'
+
+
+def _counted(number: int, noun: str) -> str:
+  return f'{number} {noun}' + ('' if number == 1 else 's')

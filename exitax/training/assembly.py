@@ -80,6 +80,13 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
     )
     pipelined.check_rows(config.data.batch_size // config.loop.accumulation_steps)
   check_batch_size(config.data.batch_size, mesh, config.sharding)
+  # Parts smaller than the mesh would be padded: correct, and many times slower.
+  check_batch_size(
+    config.data.batch_size // config.loop.accumulation_steps,
+    mesh,
+    config.sharding,
+    name='batch_size / accumulation_steps',
+  )
   step = _step(config, model, optimizer, schedule, pipelined)
   return Assembly(config, mesh, model, schedule, optimizer, pipelined, step)
 

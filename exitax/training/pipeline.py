@@ -207,14 +207,16 @@ class PipelinedObjective:
         "PipelineConfig.bubble_filling_ratio needs vocab='stage': scores that all stages share keep "
         'every stage busy in every tick'
       )
-    first = self.plan.first_exit
-    min_depth = schedule.num_stages if first is None else first + 1
-    filled = fill_bubbles(schedule, backward_over_forward=ratio, min_depth=min_depth)
+    filled = fill_bubbles(
+      schedule, backward_over_forward=ratio, min_depth=self.plan.stages_to_first_exit
+    )
     if not filled.extra_depths:
       # An extra passes its stages twice before the first gradient comes back.
       deepest = (schedule.num_stages - 1) // 2
       fix = (
-        f'place an exit after at most {self.plan.cuts[deepest] - 1} layers, or ' if deepest else ''
+        f'place an exit no later than after layer {self.plan.cuts[deepest] - 1}, or '
+        if deepest
+        else ''
       )
       raise UserError(
         f'PipelineConfig.bubble_filling_ratio={ratio}: no microbatch fits the bubble of '

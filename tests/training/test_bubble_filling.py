@@ -148,7 +148,7 @@ def test_the_gradient_is_unbiased(x64, step):
     ({'vocab': 'pipeline'}, (1,), "bubble_filling_ratio needs vocab='stage'"),
     ({'schedule': 'gpipe'}, (1,), "bubbles of 'gpipe' are not filled"),
     ({'bubble_filling_ratio': 0.5}, (1,), 'is below 1'),
-    ({}, (3,), 'reaches an exit: place an exit after at most 1 layers, or set it to 0'),
+    ({}, (3,), 'reaches an exit: place an exit no later than after layer 1, or set it to 0'),
     ({}, (), 'no microbatch fits the bubble of 4 stages and reaches an exit'),
   ],
 )
