@@ -11,6 +11,13 @@ from exitax.checkpoint.artifacts import (
   write_bytes_atomic,
   write_json_atomic,
 )
+from exitax.checkpoint.certificate import (
+  CERTIFICATE_FILE,
+  Certificate,
+  checkpoint_digest,
+  load_certificate,
+  write_certificate,
+)
 from exitax.checkpoint.config import BestMode, CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
 from exitax.checkpoint.manager import CheckpointManager
@@ -35,6 +42,12 @@ __all__ = [
   'read_json',
   'write_bytes_atomic',
   'write_json_atomic',
+  # Certified thresholds
+  'CERTIFICATE_FILE',
+  'Certificate',
+  'checkpoint_digest',
+  'load_certificate',
+  'write_certificate',
   # Errors
   'CheckpointError',
 ]

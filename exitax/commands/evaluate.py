@@ -47,7 +47,7 @@ def run(flags: argparse.Namespace) -> int:
     raise UserError('evaluate needs a model: --model_dir=DIR, such as runs/quickstart')
   model_dir = Path(flags.model_dir)
   read_model(model_dir)  # Says what is wrong with a directory that holds no model.
-  flag_groups.parse_gin(flags, text=_training_config(model_dir), bind_model_dir=False)
+  flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
   report, files = evaluate_directory(model_dir, step=flags.step, output=flags.output)
   print(render_report(report))
   print(f'\nwritten: {files.picture}, {files.csv}, {files.json}')
@@ -67,7 +67,8 @@ def evaluate_directory(
   return report, write_report(report, output or model_dir / EVALUATION_FOLDER)
 
 
-def _training_config(model_dir: Path) -> str:
+def training_config(model_dir: Path) -> str:
+  """What was in force when the model was trained, as gin: the text that commands score it on."""
   try:
     return (model_dir / CONFIG_FILE).read_text(encoding='utf-8')
   except OSError:

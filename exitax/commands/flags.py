@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -17,6 +19,8 @@ from exitax.parallel import ProcessConfig, emulate_devices
 
 # What says where a process stands among several.
 _PLACE = ('coordinator_address', 'num_processes', 'process_id')
+
+Config = TypeVar('Config')
 
 
 def add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +148,17 @@ def make_folder(path: str | os.PathLike[str], *, name: str) -> Path:
     reason = error.strerror or error
     raise UserError(f'{name}={path} cannot be written to ({reason}): choose another') from None
   return folder
+
+
+def override(config: Config, flags: argparse.Namespace) -> Config:
+  """The frozen dataclass `config` with every field for which a flag of that name was given."""
+  assert dataclasses.is_dataclass(config)
+  given = {
+    field.name: getattr(flags, field.name)
+    for field in dataclasses.fields(config)
+    if getattr(flags, field.name, None) is not None
+  }
+  return dataclasses.replace(config, **given)  # type: ignore[type-var]
 
 
 def start_jax(flags: argparse.Namespace) -> None:

@@ -153,13 +153,7 @@ def run(flags: argparse.Namespace) -> int:
   if not flags.model_dir:
     raise UserError('generate needs a model: --model_dir=DIR, such as runs/quickstart')
   flag_groups.parse_gin(flags, bind_model_dir=False)
-  config = gin_config.build(GenerateConfig)
-  given = {
-    field.name: getattr(flags, field.name)
-    for field in dataclasses.fields(config)
-    if getattr(flags, field.name) is not None
-  }
-  config = dataclasses.replace(config, **given)
+  config = flag_groups.override(gin_config.build(GenerateConfig), flags)
   prompts = _prompts(flags)
   model = load(flags.model_dir, step=flags.step, weights=config.weights)
   settings = config.settings(model.config)

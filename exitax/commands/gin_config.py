@@ -18,6 +18,7 @@ import gin.config
 import gin
 from exitax import checkpoint, data, evaluate, models, objectives, parallel, training
 from exitax.errors import UserError, choose
+from exitax.evaluate.calibration import CalibrateConfig
 from exitax.layers import HeadKind, RopeConfig
 
 Built = TypeVar('Built')
@@ -59,6 +60,7 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   training.PipelineConfig,
   training.RunConfig,
   evaluate.EvaluateConfig,
+  CalibrateConfig,
 )
 
 

@@ -19,9 +19,8 @@ from exitax.evaluate.thresholds import ThresholdRow
 
 DPI = 130
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-_MAIN, _SECOND, _THIRD = '#0072B2', '#D55E00', '#009E73'
-_MEASURE_COLOURS = (_MAIN, _SECOND, _THIRD)
-_GREY = '#555555'
+COLOURS = _MAIN, _SECOND, _THIRD = '#0072B2', '#D55E00', '#009E73'
+GREY = '#555555'
 _LABELLED = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -36,7 +35,7 @@ def draw_report(report: EvaluationReport) -> Figure:
   _draw_speed(quality, figure.add_subplot(speed_grid[1], sharex=quality), report)
   _draw_shares(figure.add_subplot(grid[1, :]), report)
   figure.suptitle(_title(report), fontsize=15)
-  figure.supxlabel(_footnote(report), fontsize=9, color=_GREY)
+  figure.supxlabel(_footnote(report), fontsize=9, color=GREY)
   return figure
 
 
@@ -67,7 +66,7 @@ def _footnote(report: EvaluationReport) -> str:
 
 def _draw_depth(axes: Axes, report: EvaluationReport) -> None:
   """Quality against effective layers: thresholds of every measure, fixed exits, the oracle."""
-  for name, colour in zip(report.confidences, _MEASURE_COLOURS * 9, strict=False):
+  for name, colour in zip(report.confidences, COLOURS * 9, strict=False):
     rows = report.rows_of(name)
     main = name == report.confidences[0]
     axes.plot(
@@ -176,7 +175,7 @@ def _draw_speed(quality: Axes, agreement: Axes, report: EvaluationReport) -> Non
   agreement.set_xlabel('speed-up over decoding with all layers (x)')
   if report.speed is None or not report.speed.rows:
     for axes in (quality, agreement):
-      axes.text(0.5, 0.5, 'not measured', ha='center', color=_GREY, transform=axes.transAxes)
+      axes.text(0.5, 0.5, 'not measured', ha='center', color=GREY, transform=axes.transAxes)
       axes.set(xticks=[], yticks=[])
     return
   rows = report.rows_of(report.speed.confidence)
@@ -208,7 +207,7 @@ def _draw_speed(quality: Axes, agreement: Axes, report: EvaluationReport) -> Non
     label='generated text',
   )
   for axes in (quality, agreement):
-    axes.axvline(1, color=_GREY, linewidth=1, linestyle=':', label='full decoding')
+    axes.axvline(1, color=GREY, linewidth=1, linestyle=':', label='full decoding')
     axes.grid(alpha=0.3)
   _legend_below(agreement, distance=0.24, columns=3)
   agreement.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

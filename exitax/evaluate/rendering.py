@@ -41,7 +41,7 @@ def _exit_table(report: EvaluationReport) -> str:
     for score, agreement in zip(report.exits, report.exit_agreement, strict=True)
   ]
   header = ('exit', 'layers', 'loss', 'bits/byte', 'accuracy', 'agrees with final')
-  return 'Each exit alone\n' + _table(header, rows)
+  return 'Each exit alone\n' + table(header, rows)
 
 
 def _threshold_table(report: EvaluationReport) -> str:
@@ -57,7 +57,7 @@ def _threshold_table(report: EvaluationReport) -> str:
       f'; speed of {speed.prompts} prompts x {speed.new_tokens} new tokens, one at a time, '
       f'median of {speed.repeats}'
     )
-  return f'{title}\n' + _table(header, rows)
+  return f'{title}\n' + table(header, rows)
 
 
 def _threshold_row(report: EvaluationReport, row: ThresholdRow) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def _remarks(report: EvaluationReport) -> str:
   return '\n'.join(lines)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Columns aligned to the right, the first to the left."""
   widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
   lines = []
