@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from exitax.checkpoint import LoadedModel
 from exitax.data import Progress, quiet
-from exitax.decode import Completion, Confidence
+from exitax.decode import Completion
 from exitax.errors import UserError
 from exitax.evaluate.calibration.config import CalibrateConfig, Forcing, Method
 from exitax.evaluate.calibration.examples import Examples
@@ -22,13 +22,20 @@ from exitax.evaluate.calibration.losses import (
   rouge_l_loss,
   token_disagreement,
 )
-from exitax.evaluate.calibration.outputs import decode_outputs, strategy_policy, text_tables
+from exitax.evaluate.calibration.outputs import Decoder, strategy_policy, text_tables
 from exitax.evaluate.calibration.report import CalibrationReport
-from exitax.evaluate.calibration.risk import conformal_risk_control, learn_then_test
+from exitax.evaluate.calibration.risk import (
+  RiskDecision,
+  conformal_risk_control,
+  learn_then_test,
+)
 from exitax.evaluate.facts import machine_facts, model_facts
 from exitax.evaluate.thresholds import first_exit
 from exitax.evaluate.token_table import TokenTable
 from exitax.parallel import ShardingRules, use
+
+# Thresholds after the first that fails, for the picture.
+_SHOWN_BEYOND = 2
 
 
 def calibrate(
@@ -56,19 +63,12 @@ def calibrate(
   start = time.monotonic()
   if not loaded.model.config.exits:
     raise UserError(f'{loaded.directory} has no exits: there is no threshold to calibrate')
-  measure = config.measure
-  strategy_policy(config.strategy, threshold=1.0, measure=measure)
+  strategy_policy(config.strategy, threshold=1.0, measure=config.measure)
   with use(mesh, rules):
     if config.metric.decodes and config.forcing is Forcing.FREE:
-      losses, layers = _decoded_losses(loaded, examples, config, measure, progress)
+      losses, layers = _decoded_losses(loaded, examples, config, progress)
     else:
-      losses, layers = _tabled_losses(loaded, examples, config, measure, mesh, rules, progress)
-  if config.method is Method.LTT:
-    decision = learn_then_test(
-      losses, config.thresholds, limit=config.risk, confidence=config.confidence
-    )
-  else:
-    decision = conformal_risk_control(losses, config.thresholds, limit=config.risk)
+      losses, layers = _tabled_losses(loaded, examples, config, mesh, rules, progress)
   return CalibrationReport(
     model=model_facts(loaded),
     machine=machine_facts(mesh),
@@ -76,47 +76,56 @@ def calibrate(
     population=examples.population,
     available=examples.available,
     examples_digest=examples.digest,
-    decision=decision,
+    decision=_decide(losses, config),
     layers=tuple(float(value) for value in layers),
     seconds=time.monotonic() - start,
   )
 
 
 def _decoded_losses(
-  loaded: LoadedModel,
-  examples: Examples,
-  config: CalibrateConfig,
-  measure: Confidence,
-  progress: Progress,
+  loaded: LoadedModel, examples: Examples, config: CalibrateConfig, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Losses `[thresholds, examples]` and mean layers per token `[thresholds]` of free decoding."""
-  outputs = _decode(loaded, examples, config, measure, config.thresholds, progress)
+  """Losses `[thresholds, examples]` and mean layers per token `[thresholds]` of free decoding.
+
+  Once a threshold has failed, lower ones cannot be certified any more: a few are decoded for the
+  picture, and the rest left out.
+  """
+  decoder = _decoder(loaded, examples, config)
   loss = _output_loss(loaded, config)
-  full = outputs[0]
-  losses = [[loss(a, b) for a, b in zip(row, full, strict=True)] for row in outputs]
-  layers = [float(np.mean(np.concatenate([c.exit_layers for c in row]))) for row in outputs]
+  full: list[Completion] = []
+  losses: list[list[float]] = []
+  layers: list[float] = []
+  failed = 0
+  for threshold in config.thresholds:
+    outputs = decoder(threshold, progress=progress)
+    full = full or outputs
+    losses.append([loss(ours, theirs) for ours, theirs in zip(outputs, full, strict=True)])
+    layers.append(float(np.mean(np.concatenate([output.exit_layers for output in outputs]))))
+    if len(losses) > 1:
+      decided = _decide(np.asarray(losses), config)
+      failed += not decided.rows[-1].passes or failed > 0
+    if failed > _SHOWN_BEYOND:
+      break
   return np.asarray(losses), np.asarray(layers)
 
 
-def _decode(
-  loaded: LoadedModel,
-  examples: Examples,
-  config: CalibrateConfig,
-  measure: Confidence,
-  thresholds: Sequence[float],
-  progress: Progress,
-) -> list[list[Completion]]:
-  return decode_outputs(
+def _decide(losses: np.ndarray, config: CalibrateConfig) -> RiskDecision:
+  thresholds = config.thresholds[: len(losses)]
+  if config.method is Method.LTT:
+    return learn_then_test(losses, thresholds, limit=config.risk, confidence=config.confidence)
+  return conformal_risk_control(losses, thresholds, limit=config.risk)
+
+
+def _decoder(loaded: LoadedModel, examples: Examples, config: CalibrateConfig) -> Decoder:
+  return Decoder(
     loaded.model,
     loaded.params,
     examples.prompts,
-    thresholds=thresholds,
-    measure=measure,
+    measure=config.measure,
     strategy=config.strategy,
     max_new_tokens=config.max_new_tokens,
     stop_tokens=(loaded.tokenizer.eos_id,),
     batch_size=config.batch_size,
-    progress=progress,
   )
 
 
@@ -139,7 +148,6 @@ def _tabled_losses(
   loaded: LoadedModel,
   examples: Examples,
   config: CalibrateConfig,
-  measure: Confidence,
   mesh: Mesh,
   rules: ShardingRules,
   progress: Progress,
@@ -148,7 +156,7 @@ def _tabled_losses(
   texts: Sequence[Sequence[int]] = examples.texts
   skip = [1] * len(texts)
   if config.metric.decodes:
-    (full,) = _decode(loaded, examples, config, measure, (1.0,), progress)
+    full = _decoder(loaded, examples, config)(1.0, progress=progress)
     texts = [
       (*prompt, *completion.tokens.tolist())
       for prompt, completion in zip(examples.prompts, full, strict=True)
@@ -159,15 +167,16 @@ def _tabled_losses(
     loaded.params,
     texts,
     skip=skip,
-    measure=measure,
+    measure=config.measure,
     mesh=mesh,
     rules=rules,
     batch_size=config.batch_size,
     progress=progress,
   )
-  loss = _table_loss(config, measure.value)
+  measure = config.measure.value
+  loss = _table_loss(config, measure)
   losses = np.stack([loss(table) for table in tables], axis=1)
-  confidence = np.concatenate([table.confidence[measure.value] for table in tables], axis=1)
+  confidence = np.concatenate([table.confidence[measure] for table in tables], axis=1)
   depths = np.asarray(loaded.model.config.depths)
   layers = [
     float(np.mean(depths[first_exit(confidence[:-1] > threshold)]))

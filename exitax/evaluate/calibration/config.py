@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from exitax.decode import Confidence
+from exitax.decode import OF_SCORES, Confidence
 from exitax.errors import UserError, choose
 from exitax.evaluate.calibration.losses import Metric
 from exitax.evaluate.thresholds import DEFAULT_THRESHOLDS, check_thresholds
-
-# Functions of one exit's scores, which a table of texts has.
-OF_SCORES = (Confidence.MAX_PROB, Confidence.MARGIN, Confidence.ENTROPY)
 
 
 class Method(enum.Enum):

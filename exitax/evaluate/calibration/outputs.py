@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from exitax.data import Batch, Progress, quiet
 from exitax.decode import (
-  Causal,
   Completion,
   Confidence,
+  CopyStateExit,
   DeferredExit,
   ExitPolicy,
-  Sampler,
-  begin,
-  completions_since,
-  make_requests,
+  RecomputeExit,
+  generate,
   prepare_params,
-  run_steps,
 )
 from exitax.errors import UserError
 from exitax.evaluate.token_table import TokenTable, token_table
 from exitax.models import ExitLM, Params
 from exitax.parallel import ShardingRules
 
-_POLICIES = {'deferred': DeferredExit}
+_POLICIES = {
+  'deferred': DeferredExit,
+  'recompute': RecomputeExit,
+  'copy_state': CopyStateExit,
+}
 _LENGTH_STEP = 64
 
 
@@ -46,84 +44,77 @@ def strategy_policy(strategy: str, *, threshold: float, measure: Confidence) -> 
   return _POLICIES[strategy](threshold=threshold, confidence=measure)
 
 
-def decode_outputs(
-  model: ExitLM,
-  params: Params,
-  prompts: Sequence[Sequence[int]],
-  *,
-  thresholds: Sequence[float],
-  measure: Confidence,
-  strategy: str,
-  max_new_tokens: int,
-  stop_tokens: Sequence[int],
-  batch_size: int,
-  progress: Progress = quiet,
-) -> list[list[Completion]]:
-  """Greedy continuations, `[thresholds][prompts]`.
+class Decoder:
+  """Greedy continuations of the same prompts at one threshold after another.
 
-  Thresholds are data: every batch is prefilled once and its state copied for each of them, so all are
-  decoded by one compiled program, full depth (threshold 1) included. Prompts of like length share a
-  batch; the last batch is filled up with copies.
-
-  Args:
-    model: the model.
-    params: its parameters.
-    prompts: token ids.
-    thresholds: in [0, 1].
-    measure: of confidence.
-    strategy: how skipped layers are filled.
-    max_new_tokens: tokens per prompt at most.
-    stop_tokens: ids that end a row.
-    batch_size: rows at once.
-    progress: wraps batches times thresholds.
+  Thresholds are data: all are decoded by one compiled program, full depth (threshold 1) included, so
+  that numbers which round differently in another program cannot look like a change of text. Prompts of
+  like length share a batch, and the last batch is filled up with copies.
   """
-  policy = strategy_policy(strategy, threshold=1.0, measure=measure)
-  plan = policy.plan(model.config)
-  params = prepare_params(model, params)
-  batch_size = min(batch_size, len(prompts))
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-  visibility = Causal(model.config.sliding_window)
-  found: list[list[Completion | None]] = [[None] * len(prompts) for _ in thresholds]
-  ticks = iter(
-    progress(
-      range(len(batches) * len(thresholds)),
-      total=len(batches) * len(thresholds),
-      label=f'decoding {len(prompts)} prompts at {len(thresholds)} thresholds',
+
+  def __init__(
+    self,
+    model: ExitLM,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    measure: Confidence,
+    strategy: str,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    batch_size: int,
+  ) -> None:
+    """Keeps a copy of the parameters in the layout of decoding.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      prompts: token ids.
+      measure: of confidence.
+      strategy: how skipped layers are filled.
+      max_new_tokens: tokens per prompt at most.
+      stop_tokens: ids that end a row.
+      batch_size: rows at once.
+
+    Raises:
+      UserError: an unknown strategy.
+    """
+    self._model, self._prompts = model, prompts
+    self._params = prepare_params(model, params)
+    self._measure, self._strategy = measure, strategy
+    self._max_new_tokens, self._stop_tokens = max_new_tokens, stop_tokens
+    size = min(batch_size, len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    self.batches = [order[i : i + size] for i in range(0, len(order), size)]
+    self._size = size
+    self._policy(1.0)
+
+  def __call__(self, threshold: float, *, progress: Progress = quiet) -> list[Completion]:
+    """One completion per prompt; `progress` wraps the batches."""
+    found: dict[int, Completion] = {}
+    shown = progress(
+      self.batches,
+      total=len(self.batches),
+      label=f'decoding {len(self._prompts)} prompts at threshold {threshold:g}',
     )
-  )
-  for batch in batches:
-    rows = [*batch, *[batch[-1]] * (batch_size - len(batch))]
-    requests = make_requests(
-      model.config,
+    for batch in shown:
+      found.update(zip(batch, self._decode(batch, self._policy(threshold)), strict=False))
+    return [found[i] for i in range(len(self._prompts))]
+
+  def _policy(self, threshold: float) -> ExitPolicy:
+    return strategy_policy(self._strategy, threshold=threshold, measure=self._measure)
+
+  def _decode(self, batch: Sequence[int], policy: ExitPolicy) -> tuple[Completion, ...]:
+    rows = [*batch, *[batch[-1]] * (self._size - len(batch))]
+    result = generate(
+      self._model,
+      self._params,
+      [self._prompts[i] for i in rows],
+      max_new_tokens=self._max_new_tokens,
       policy=policy,
-      samplers=[Sampler()] * batch_size,
-      stop_tokens=stop_tokens,
-      seeds=[0] * batch_size,
-      budgets=[max_new_tokens] * batch_size,
+      stop_tokens=self._stop_tokens,
     )
-    start = begin(
-      model,
-      params,
-      [prompts[i] for i in rows],
-      policy=policy,
-      requests=requests,
-      max_new_tokens=max_new_tokens,
-    )
-    for index, threshold in enumerate(thresholds):
-      next(ticks)
-      state = jax.tree.map(jnp.copy, start)
-      limits = jnp.full_like(state.requests.thresholds, threshold)
-      state = dataclasses.replace(
-        state, requests=dataclasses.replace(state.requests, thresholds=limits)
-      )
-      state = run_steps(model, params, state, max_new_tokens, plan=plan, visibility=visibility)
-      completions = completions_since(state, np.zeros(batch_size, np.int32))
-      for place, completion in zip(batch, completions, strict=False):
-        found[index][place] = completion
-  for _ in ticks:  # Lets a bar end.
-    pass
-  return [[item for item in row if item is not None] for row in found]
+    return result.completions
 
 
 def text_tables(
