@@ -22,7 +22,7 @@ from exitax.evaluate.calibration.losses import (
   rouge_l_loss,
   token_disagreement,
 )
-from exitax.evaluate.calibration.outputs import Decoder, strategy_policy, text_tables
+from exitax.evaluate.calibration.outputs import Decoder, text_tables
 from exitax.evaluate.calibration.report import CalibrationReport
 from exitax.evaluate.calibration.risk import (
   RiskDecision,
@@ -58,12 +58,11 @@ def calibrate(
     progress: how the long steps show themselves.
 
   Raises:
-    UserError: a model without exits, or an unknown strategy.
+    UserError: a model without exits.
   """
   start = time.monotonic()
   if not loaded.model.config.exits:
     raise UserError(f'{loaded.directory} has no exits: there is no threshold to calibrate')
-  strategy_policy(config.strategy, threshold=1.0, measure=config.measure)
   with use(mesh, rules):
     if config.metric.decodes and config.forcing is Forcing.FREE:
       losses, layers = _decoded_losses(loaded, examples, config, progress)

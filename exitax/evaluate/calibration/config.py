@@ -8,6 +8,7 @@ import enum
 from exitax.decode import OF_SCORES, Confidence
 from exitax.errors import UserError, choose
 from exitax.evaluate.calibration.losses import Metric
+from exitax.evaluate.calibration.outputs import strategy_policy
 from exitax.evaluate.thresholds import DEFAULT_THRESHOLDS, check_thresholds
 
 
@@ -93,6 +94,7 @@ class CalibrateConfig:
     if len(thresholds) < 2:
       raise UserError('thresholds=(1.0,) never exit: give some below 1, such as 0.9')
     object.__setattr__(self, 'thresholds', thresholds)
+    strategy_policy(self.strategy, threshold=1.0, measure=self.measure)
     self._check_combination()
 
   def _check_combination(self) -> None:

@@ -14,7 +14,7 @@ Worked miniature, limit 0.1, confidence 0.9, 40 examples with losses of 0 or 1:
   threshold  mean loss  p-value
   1.0        0          0.9^40 = 0.015    rejected: safe
   0.9        0          0.015             rejected: safe, and certified
-  0.8        0.05       0.569             not rejected: stop
+  0.8        0.05       0.513             not rejected: stop
   0.7        0          0.015             never looked at
 """
 
