@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from exitax.checkpoint import LoadedModel, load_model
+from exitax.checkpoint import Certificate, LoadedModel, load_certificate, load_model
 from exitax.data import StreamDecoder, Tokenizer, encode_prompt, pad_documents
 from exitax.decode import (
   Completion,
@@ -30,6 +30,8 @@ from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh, shard_batch, use
 
 _SCORE_LENGTH_STEP = 64
+CERTIFIED = 'certified'  # The threshold that stands for the one in the model's certificate.
+Threshold = float | tuple[float, ...] | str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,21 @@ class TextScore:
 
   text: str
   exits: tuple[ExitScore, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitChoice:
+  """How a request exits.
+
+  Attributes:
+    strategy: by name; None takes what suits the threshold and the model.
+    threshold: a number, one per exit, or None.
+    confidence: the measure's name.
+  """
+
+  strategy: str | None
+  threshold: float | tuple[float, ...] | None
+  confidence: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,14 +178,71 @@ class LanguageModel:
     """Optimizer steps behind the parameters."""
     return self._loaded.step
 
+  @property
+  def certificate(self) -> Certificate:
+    """What `exitax calibrate` has certified for these weights.
+
+    Raises:
+      UserError: nothing, or for other weights.
+    """
+    return load_certificate(self._loaded.directory, step=self.step)
+
+  def exit_choice(
+    self,
+    *,
+    strategy: str | None,
+    threshold: Threshold,
+    confidence: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    patience: int = 2,
+    decay: float = 0.0,
+  ) -> ExitChoice:
+    """What a request asks for, with 'certified' put into numbers.
+
+    Args:
+      strategy: its name, or None.
+      threshold: a number, one per exit, None, or 'certified'.
+      confidence: the measure's name; None takes the certificate's, or else 'max_prob'.
+      max_new_tokens: tokens per prompt at most.
+      temperature: of sampling.
+      patience: exits that must agree.
+      decay: how fast thresholds fall.
+
+    Raises:
+      UserError: another text, no certificate, or a request that it does not speak of.
+    """
+    if not isinstance(threshold, str):
+      return ExitChoice(
+        strategy=strategy,
+        threshold=threshold,
+        confidence=confidence or Confidence.MAX_PROB.value,
+      )
+    if threshold != CERTIFIED:
+      raise UserError(f"threshold={threshold!r} is not known: give a number, or '{CERTIFIED}'")
+    certificate = self.certificate
+    certificate.check_use(
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      strategy=strategy,
+      measure=confidence,
+      patience=patience,
+      decay=decay,
+    )
+    return ExitChoice(
+      strategy=strategy or certificate.strategy,
+      threshold=certificate.threshold,
+      confidence=certificate.measure,
+    )
+
   def generate(
     self,
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 64,
     strategy: str | Strategy | None = None,
-    threshold: float | tuple[float, ...] | None = None,
-    confidence: str | Confidence = Confidence.MAX_PROB,
+    threshold: Threshold = None,
+    confidence: str | Confidence | None = None,
     policy: ExitPolicy | None = None,
     sampler: Sampler = Sampler(),
     seed: int = 0,
@@ -181,8 +255,9 @@ class LanguageModel:
       max_new_tokens: tokens per prompt at most.
       strategy: 'full', 'deferred', 'recompute', 'copy_state' or 'speculative'; None takes 'deferred' if
         there is a threshold, else 'speculative' (the tokens of 'full', sooner) if there are exits.
-      threshold: exit where the confidence is above it, in [0, 1]; one for all exits or one each.
-      confidence: 'max_prob', 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
+      threshold: exit where the confidence is above it, in [0, 1]; one for all exits or one each;
+        'certified' for the one that `exitax calibrate` has certified.
+      confidence: 'max_prob' (the default), 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
       policy: a policy of `exitax.decode`, instead of the three.
       sampler: temperature, top-k, top-p, min-p; greedy by default.
       seed: prompt i uses seed + i.
@@ -190,7 +265,7 @@ class LanguageModel:
 
     Raises:
       UserError: a threshold out of range, a strategy that the model cannot do, a prompt longer than
-        the context.
+        the context, a request that the certificate does not speak of.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     with use(self._mesh, self._rules):
@@ -199,7 +274,7 @@ class LanguageModel:
         self._prepared(),
         [encode_prompt(self.tokenizer, text) for text in texts],
         max_new_tokens=max_new_tokens,
-        policy=policy or self._policy(strategy, threshold, confidence),
+        policy=policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler),
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
@@ -215,8 +290,8 @@ class LanguageModel:
     *,
     max_new_tokens: int = 64,
     strategy: str | Strategy | None = None,
-    threshold: float | tuple[float, ...] | None = None,
-    confidence: str | Confidence = Confidence.MAX_PROB,
+    threshold: Threshold = None,
+    confidence: str | Confidence | None = None,
     policy: ExitPolicy | None = None,
     sampler: Sampler = Sampler(),
     seed: int = 0,
@@ -230,7 +305,7 @@ class LanguageModel:
         self._prepared(),
         [encode_prompt(self.tokenizer, prompt)],
         max_new_tokens=max_new_tokens,
-        policy=policy or self._policy(strategy, threshold, confidence),
+        policy=policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler),
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
@@ -281,10 +356,21 @@ class LanguageModel:
   def _policy(
     self,
     strategy: str | Strategy | None,
-    threshold: float | tuple[float, ...] | None,
-    confidence: str | Confidence,
+    threshold: Threshold,
+    confidence: str | Confidence | None,
+    max_new_tokens: int,
+    sampler: Sampler,
   ) -> ExitPolicy:
-    settings = StrategySettings(strategy=strategy, threshold=threshold, confidence=confidence)
+    choice = self.exit_choice(
+      strategy=strategy.value if isinstance(strategy, Strategy) else strategy,
+      threshold=threshold,
+      confidence=confidence.value if isinstance(confidence, Confidence) else confidence,
+      max_new_tokens=max_new_tokens,
+      temperature=sampler.temperature,
+    )
+    settings = StrategySettings(
+      strategy=choice.strategy, threshold=choice.threshold, confidence=choice.confidence
+    )
     return settings.policy(self.config)
 
   def _prepared(self) -> Params:

@@ -77,16 +77,20 @@ class Certificate:
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    strategy: str = 'deferred',
+    strategy: str | None = None,
     measure: str | None = None,
+    patience: int = 2,
+    decay: float = 0.0,
   ) -> None:
     """Makes sure that a request is one that the certificate speaks of.
 
     Args:
       max_new_tokens: tokens to generate at most.
       temperature: of sampling; 0 is greedy.
-      strategy: how skipped layers are filled.
-      measure: the measure of confidence that was asked for; None asks for none.
+      strategy: how skipped layers are filled; None asks for the certificate's.
+      measure: of confidence; None asks for the certificate's.
+      patience: exits that must agree, for that measure.
+      decay: how fast thresholds fall with the tokens.
 
     Raises:
       UserError: it is not; names the value, the certificate's, and the way out.
@@ -103,7 +107,7 @@ class Certificate:
         f'fewer, or calibrate again with --max_new_tokens={max_new_tokens}'
       )
     alike = EXACT_STRATEGIES if self.strategy in EXACT_STRATEGIES else (self.strategy,)
-    if strategy not in alike:
+    if strategy not in (None, *alike):
       raise UserError(
         f'strategy={strategy}: the certificate is for {", ".join(alike)}; choose one of them, or '
         'calibrate again with that strategy'
@@ -113,6 +117,12 @@ class Certificate:
         f'confidence={measure}: the certificate is for {self.measure}; leave it out, or calibrate again '
         f'with --measure={measure}'
       )
+
+    for name, value in (('patience', patience), ('decay', decay)):
+      if value != self.settings.get(name, value):
+        raise UserError(
+          f'{name}={value}: the certificate is for {name}={self.settings[name]}; leave it out'
+        )
 
 
 def checkpoint_digest(model_dir: str | os.PathLike[str], *, step: int) -> str:

@@ -6,6 +6,8 @@ r"""Writes text after a prompt, each token in the colour of the layer it left at
 
   exitax generate --model_dir=runs/quickstart --prompt='def ' --gin_file=gin/decode/deferred.gin
 
+--threshold=certified takes the threshold that `exitax calibrate` has certified for the model.
+
 Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without --strategy a
 threshold means deferred exits, and no threshold speculation, which gives the text of full depth.
 A confidence must be above the threshold, so 1 never exits. Piped output is plain and lists the
@@ -29,8 +31,13 @@ from exitax.commands import gin_config
 from exitax.commands.depths import coloured, depth_key, depth_summary
 from exitax.decode import Sampler, StrategySettings
 from exitax.errors import UserError
-from exitax.language_model import LanguageModel, TextCompletion, load
-from exitax.models import ModelConfig
+from exitax.language_model import (
+  CERTIFIED,
+  LanguageModel,
+  TextCompletion,
+  Threshold,
+  load,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +47,8 @@ class GenerateConfig:
   Attributes:
     max_new_tokens: tokens per prompt at most.
     strategy: 'full', 'deferred', 'recompute', 'copy_state', 'speculative', or None (see above).
-    threshold: exits where the confidence is above it; one number, or one per exit.
-    confidence: 'max_prob', 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
+    threshold: exits where the confidence is above it; one number, one per exit, or 'certified'.
+    confidence: 'max_prob' (the default, or else the certificate's), 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
     patience: exits that must agree, for 'patience'.
     decay: how fast thresholds fall with the tokens generated (CALM uses 4); 0 keeps them.
     exit_layer: speculation drafts after this layer always (with num_drafts); None chooses.
@@ -57,8 +64,8 @@ class GenerateConfig:
 
   max_new_tokens: int = 64
   strategy: str | None = None
-  threshold: float | tuple[float, ...] | None = None
-  confidence: str = 'max_prob'
+  threshold: Threshold = None
+  confidence: str | None = None
   patience: int = 2
   decay: float = 0.0
   exit_layer: int | None = None
@@ -71,12 +78,25 @@ class GenerateConfig:
   min_p: float = 0.0
   seed: int = 0
 
-  def settings(self, model: ModelConfig) -> dict[str, Any]:
-    """Arguments of `LanguageModel.generate` for a model."""
-    settings = StrategySettings(
+  def settings(self, model: LanguageModel) -> dict[str, Any]:
+    """Arguments of `LanguageModel.generate` for a model.
+
+    Raises:
+      UserError: a strategy that the model cannot do, or what its certificate does not speak of.
+    """
+    choice = model.exit_choice(
       strategy=self.strategy,
       threshold=self.threshold,
       confidence=self.confidence,
+      max_new_tokens=self.max_new_tokens,
+      temperature=self.temperature,
+      patience=self.patience,
+      decay=self.decay,
+    )
+    settings = StrategySettings(
+      strategy=choice.strategy,
+      threshold=choice.threshold,
+      confidence=choice.confidence,
       patience=self.patience,
       decay=self.decay,
       exit_layer=self.exit_layer,
@@ -85,7 +105,7 @@ class GenerateConfig:
     )
     return {
       'max_new_tokens': self.max_new_tokens,
-      'policy': settings.policy(model),
+      'policy': settings.policy(model.config),
       'sampler': Sampler(
         temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
       ),
@@ -109,7 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--threshold',
     type=_thresholds,
     metavar='T',
-    help='exit where the confidence is above it; one number, or one per exit: 0.9,0.8',
+    help='exit where the confidence is above it; one number, one per exit as 0.9,0.8, or certified: what '
+    '`exitax calibrate` has certified for this model',
   )
   exits.add_argument(
     '--strategy',
@@ -156,7 +177,7 @@ def run(flags: argparse.Namespace) -> int:
   config = flag_groups.override(gin_config.build(GenerateConfig), flags)
   prompts = _prompts(flags)
   model = load(flags.model_dir, step=flags.step, weights=config.weights)
-  settings = config.settings(model.config)
+  settings = config.settings(model)
   console = Console(highlight=False, soft_wrap=True)
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):
     _stream(model, prompts[0], settings, console)
@@ -220,11 +241,15 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
   return prompts
 
 
-def _thresholds(text: str) -> float | tuple[float, ...]:
+def _thresholds(text: str) -> Threshold:
+  if text == CERTIFIED:
+    return text
   try:
     values = tuple(float(part) for part in text.split(','))
   except ValueError:
-    raise UserError(f'--threshold={text} is not a number, or numbers with commas') from None
+    raise UserError(
+      f'--threshold={text} is not a number, numbers with commas, or {CERTIFIED}'
+    ) from None
   return values[0] if len(values) == 1 else values
 
 

@@ -100,6 +100,9 @@ def test_an_older_certificate_stays_when_writing_fails(model_dir):
 def test_what_it_speaks_of(model_dir):
   made = certificate(model_dir)
   made.check_use(max_new_tokens=64)
+  made.check_use(
+    max_new_tokens=64, decay=0.0
+  )  # Settings that a certificate does not record are free.
   made.check_use(max_new_tokens=1, strategy='pipeline', measure='max_prob')
   for request, message in (
     ({'max_new_tokens': 65}, 'is for at most 64 new tokens; ask for fewer'),
@@ -110,4 +113,6 @@ def test_what_it_speaks_of(model_dir):
     with pytest.raises(UserError, match=message):
       made.check_use(**request)
   with pytest.raises(UserError, match='is for copy_state;'):
-    dataclasses.replace(made, strategy='copy_state').check_use(max_new_tokens=8)
+    dataclasses.replace(made, strategy='copy_state').check_use(
+      max_new_tokens=8, strategy='deferred'
+    )

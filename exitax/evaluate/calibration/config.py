@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from exitax.decode import OF_SCORES, Confidence
+from exitax.decode import OF_SCORES, Confidence, Strategy
 from exitax.errors import UserError, choose
 from exitax.evaluate.calibration.losses import Metric
-from exitax.evaluate.calibration.outputs import strategy_policy
 from exitax.evaluate.thresholds import DEFAULT_THRESHOLDS, check_thresholds
 
 
@@ -62,7 +61,7 @@ class CalibrateConfig:
   confidence: float = 0.95
   method: Method = Method.LTT
   measure: Confidence = Confidence.MAX_PROB
-  strategy: str = 'deferred'
+  strategy: Strategy = Strategy.DEFERRED
   forcing: Forcing = Forcing.FREE
   draw: Draw = Draw.WINDOWS
   examples: int = 500
@@ -77,6 +76,7 @@ class CalibrateConfig:
       ('metric', Metric),
       ('method', Method),
       ('measure', Confidence),
+      ('strategy', Strategy),
       ('forcing', Forcing),
       ('draw', Draw),
     ):
@@ -94,10 +94,13 @@ class CalibrateConfig:
     if len(thresholds) < 2:
       raise UserError('thresholds=(1.0,) never exit: give some below 1, such as 0.9')
     object.__setattr__(self, 'thresholds', thresholds)
-    strategy_policy(self.strategy, threshold=1.0, measure=self.measure)
     self._check_combination()
 
   def _check_combination(self) -> None:
+    if self.strategy in (Strategy.FULL, Strategy.SPECULATIVE):
+      raise UserError(
+        f'strategy={self.strategy.value} gives the tokens of full depth: nothing to certify'
+      )
     tabled = self.metric is Metric.BITS_PER_BYTE or self.forcing is Forcing.FORCED
     if self.forcing is Forcing.FORCED and self.metric is not Metric.TOKEN_AGREEMENT:
       raise UserError(
@@ -109,7 +112,7 @@ class CalibrateConfig:
         f'measure={self.measure.value} is known only while decoding, and this loss is worked out '
         f'without: choose {known}, or metric=token_agreement'
       )
-    if tabled and self.strategy == 'copy_state':
+    if tabled and self.strategy is Strategy.COPY_STATE:
       raise UserError(
         'strategy=copy_state changes what later tokens see, and this loss is worked out with exact '
         'keys: choose strategy=deferred, or metric=token_agreement'

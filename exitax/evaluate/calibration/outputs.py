@@ -11,37 +11,17 @@ from exitax.data import Batch, Progress, quiet
 from exitax.decode import (
   Completion,
   Confidence,
-  CopyStateExit,
-  DeferredExit,
   ExitPolicy,
-  RecomputeExit,
+  Strategy,
+  StrategySettings,
   generate,
   prepare_params,
 )
-from exitax.errors import UserError
 from exitax.evaluate.token_table import TokenTable, token_table
 from exitax.models import ExitLM, Params
 from exitax.parallel import ShardingRules
 
-_POLICIES = {
-  'deferred': DeferredExit,
-  'recompute': RecomputeExit,
-  'copy_state': CopyStateExit,
-}
 _LENGTH_STEP = 64
-
-
-def strategy_policy(strategy: str, *, threshold: float, measure: Confidence) -> ExitPolicy:
-  """The policy that a strategy's name stands for.
-
-  Raises:
-    UserError: none, or one that has no thresholds.
-  """
-  if strategy == 'speculative':
-    raise UserError('strategy=speculative gives the tokens of full depth: nothing to certify')
-  if strategy not in _POLICIES:
-    raise UserError(f'strategy={strategy!r} is not known: choose {", ".join(_POLICIES)}')
-  return _POLICIES[strategy](threshold=threshold, confidence=measure)
 
 
 class Decoder:
@@ -59,7 +39,7 @@ class Decoder:
     prompts: Sequence[Sequence[int]],
     *,
     measure: Confidence,
-    strategy: str,
+    strategy: Strategy,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     batch_size: int,
@@ -75,9 +55,6 @@ class Decoder:
       max_new_tokens: tokens per prompt at most.
       stop_tokens: ids that end a row.
       batch_size: rows at once.
-
-    Raises:
-      UserError: an unknown strategy.
     """
     self._model, self._prompts = model, prompts
     self._params = prepare_params(model, params)
@@ -87,7 +64,6 @@ class Decoder:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     self.batches = [order[i : i + size] for i in range(0, len(order), size)]
     self._size = size
-    self._policy(1.0)
 
   def __call__(self, threshold: float, *, progress: Progress = quiet) -> list[Completion]:
     """One completion per prompt; `progress` wraps the batches."""
@@ -102,7 +78,10 @@ class Decoder:
     return [found[i] for i in range(len(self._prompts))]
 
   def _policy(self, threshold: float) -> ExitPolicy:
-    return strategy_policy(self._strategy, threshold=threshold, measure=self._measure)
+    settings = StrategySettings(
+      strategy=self._strategy, threshold=threshold, confidence=self._measure
+    )
+    return settings.policy(self._model.config)
 
   def _decode(self, batch: Sequence[int], policy: ExitPolicy) -> tuple[Completion, ...]:
     rows = [*batch, *[batch[-1]] * (self._size - len(batch))]

@@ -24,7 +24,7 @@ def draw_calibration(report: CalibrationReport) -> Figure:
   figure.suptitle(_title(report), fontsize=14)
   figure.supxlabel(
     f'{report.decision.examples} of {report.population}; step {report.model.step}, '
-    f'{report.config.strategy}, {report.machine.date[:10]}',
+    f'{report.config.strategy.value}, {report.machine.date[:10]}',
     fontsize=9,
     color=GREY,
   )

@@ -55,7 +55,7 @@ def _heading(report: CalibrationReport) -> str:
     f'{report.model.directory} at step {report.model.step}, exits after layers '
     f'{", ".join(str(depth) for depth in report.model.depths[:-1])} of {report.model.num_layers}\n'
     f'{name}: {report.loss}, limit {config.risk:g}{certainty}\n'
-    f'{decision.examples} of {report.population}; {config.strategy}, {config.measure.value}'
+    f'{decision.examples} of {report.population}; {config.strategy.value}, {config.measure.value}'
   )
 
 

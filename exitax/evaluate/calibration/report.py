@@ -101,7 +101,7 @@ def make_certificate(report: CalibrationReport, *, checkpoint_digest: str) -> Ce
     method=settings['method'],
     threshold=decision.threshold,
     measure=config.measure.value,
-    strategy=config.strategy,
+    strategy=config.strategy.value,
     exit_layers=report.model.depths[:-1],
     examples=decision.examples,
     population=report.population,
@@ -116,6 +116,8 @@ def make_certificate(report: CalibrationReport, *, checkpoint_digest: str) -> Ce
         for name in ('forcing', 'draw', 'prompt_tokens', 'max_new_tokens', 'seed', 'batch_size')
       },
       'temperature': 0.0,
+      'patience': 2,
+      'decay': 0.0,
       'precision': report.model.precision,
     },
     checkpoint_step=report.model.step,
