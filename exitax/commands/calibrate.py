@@ -91,11 +91,12 @@ def run(flags: argparse.Namespace) -> int:
   text = '' if flags.prompt_file else training_config(model_dir)
   flag_groups.parse_gin(flags, text=text, bind_model_dir=False)
   config = flag_groups.override(gin_config.build(CalibrateConfig), flags)
+  folder = flag_groups.make_folder(model_dir / CALIBRATION_FOLDER, name='model_dir')
   mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), ShardingRules()
   loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step)
   examples = _examples(flags, loaded, config)
   report = calibrate(loaded, examples, config, mesh=mesh, rules=rules, progress=progress_bar)
-  files = [str(path) for path in write_calibration(report, model_dir / CALIBRATION_FOLDER)]
+  files = [str(path) for path in write_calibration(report, folder)]
   certified = report.decision.threshold is not None
   if certified:
     digest = checkpoint_digest(model_dir, step=loaded.step)

@@ -18,6 +18,7 @@ import gin.config
 import gin
 from exitax import checkpoint, data, evaluate, models, objectives, parallel, training
 from exitax.errors import UserError, choose
+from exitax.evaluate.advice import AdviseConfig
 from exitax.evaluate.calibration import CalibrateConfig
 from exitax.layers import HeadKind, RopeConfig
 
@@ -60,6 +61,7 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   training.PipelineConfig,
   training.RunConfig,
   evaluate.EvaluateConfig,
+  AdviseConfig,
   CalibrateConfig,
 )
 

@@ -18,6 +18,7 @@ COMMANDS = {
   'quickstart': 'train a small model on real text, evaluate every exit, generate: no arguments',
   'train': 'train a model from gin files; the same command resumes',
   'evaluate': 'score every exit and 21 exit thresholds; write JSON, CSV and a picture',
+  'advise': 'does early exit pay for a model on its data here, and which kind',
   'calibrate': 'certify an exit threshold: how much text changes, with a guarantee',
   'generate': 'write text, with the exit depth of every token',
   'plan': 'compile a training step for a TPU slice that is not here; what fits, and how fast',

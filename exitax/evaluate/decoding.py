@@ -14,10 +14,10 @@ from exitax.decode import (
   Confidence,
   DecodeState,
   DeferredExit,
-  ExitPlan,
   ExitPolicy,
   FullDepth,
   Sampler,
+  StepPlan,
   init_state,
   make_requests,
   prefill_chunk,
@@ -82,11 +82,20 @@ class PromptDecoder:
     """Whether a threshold can change anything."""
     return bool(self._model.config.exits)
 
+  def capacity(self, plan: StepPlan) -> int:
+    """Columns of the cache; room for the waiting tokens of a policy that defers is always there."""
+    waiting = max(DeferredExit(threshold=1.0).pending_capacity, plan.overhang)
+    needed = self._longest + self._new_tokens + waiting
+    return -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
+
   def __call__(self, prompt: int, threshold: float | None) -> Decoded:
     """Decodes prompt number `prompt`; no threshold means every layer for every token."""
-    policy: ExitPolicy = FullDepth(confidence=self._confidence)
-    if threshold is not None:
-      policy = DeferredExit(threshold=threshold, confidence=self._confidence)
+    if threshold is None:
+      return self.decode(prompt, FullDepth(confidence=self._confidence))
+    return self.decode(prompt, DeferredExit(threshold=threshold, confidence=self._confidence))
+
+  def decode(self, prompt: int, policy: ExitPolicy) -> Decoded:
+    """Decodes prompt number `prompt` with a policy."""
     plan = policy.plan(self._model.config)
     state = jax.block_until_ready(self._prefilled(self._prompts[prompt], policy, plan))
     start = time.perf_counter()
@@ -108,7 +117,7 @@ class PromptDecoder:
       seconds=seconds,
     )
 
-  def _prefilled(self, prompt: np.ndarray, policy: ExitPolicy, plan: ExitPlan) -> DecodeState:
+  def _prefilled(self, prompt: np.ndarray, policy: ExitPolicy, plan: StepPlan) -> DecodeState:
     config = self._model.config
     requests = make_requests(
       config,
@@ -118,10 +127,7 @@ class PromptDecoder:
       seeds=[0],
       budgets=[self._new_tokens],
     )
-    # Room for the waiting tokens of a policy that defers, whether or not this one does.
-    waiting = DeferredExit(threshold=1.0).pending_capacity
-    needed = self._longest + self._new_tokens + waiting
-    tokens = np.zeros((1, -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP), np.int32)
+    tokens = np.zeros((1, self.capacity(plan)), np.int32)
     tokens[0, : len(prompt)] = prompt
     lengths = np.asarray([len(prompt)], np.int32)
     state = init_state(config, plan, tokens=tokens, prompt_length=lengths, requests=requests)

@@ -1,0 +1,328 @@
+"""What the parts of a decoding step take on this machine, each timed alone and in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from exitax.data import Progress, quiet
+from exitax.decode import (
+  Causal,
+  Confidence,
+  DraftCosts,
+  ExitPlan,
+  KVCache,
+  consecutive_lanes,
+  extend,
+  init_cache,
+  prepare_params,
+)
+from exitax.decode.compiling import decode_jit
+from exitax.decode.draft_choice import draft_buckets
+from exitax.decode.extend import copy_state
+from exitax.decode.scores import head_logits
+from exitax.evaluate.advice.rounds import Work
+from exitax.models import ExitConfig, ExitLM, Params
+
+# A part is timed over so many passes in one program, so that starting the program does not count.
+_PASSES = 48
+_SETTLE_SECONDS = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartCosts:
+  """Seconds per pass, one row, medians.
+
+  Attributes:
+    layers: (segment, lanes) -> layers of the segment.
+    heads: per exit, scores and confidence of one lane.
+    final: lanes -> final head.
+    copies: per segment, keys and values made of an exit's stream; 0 for the first.
+    step: a whole step of full depth, the loop and the choice of the token included.
+  """
+
+  layers: Mapping[tuple[int, int], float]
+  heads: tuple[float, ...]
+  final: Mapping[int, float]
+  copies: tuple[float, ...]
+  step: float
+
+  @property
+  def num_segments(self) -> int:
+    """Spans of layers between exits."""
+    return len(self.copies)
+
+  @property
+  def overhead(self) -> float:
+    """What a step takes beside its layers and its head."""
+    parts = sum(self.layers[segment, 1] for segment in range(self.num_segments)) + self.final[1]
+    return max(self.step - parts, 0.0)
+
+  def of_work(self, work: Work) -> float:
+    """Seconds per token."""
+    seconds = work.tokens * self.overhead
+    seconds += sum(self.layers[part] * count for part, count in work.passes.items())
+    seconds += sum(
+      cost * n for cost, n in zip((*self.heads, self.final[1]), work.heads, strict=True)
+    )
+    seconds += sum(cost * n for cost, n in zip(self.copies, work.copies, strict=True))
+    return seconds / work.tokens
+
+  def draft_costs(self, max_drafts: int) -> DraftCosts:
+    """The same as speculation reads them, in seconds: for `Speculative(costs=...)`.
+
+    What a step takes beside its parts is added to a plain step and, once, to every round.
+    """
+    buckets = draft_buckets(max_drafts)
+    exits = range(self.num_segments - 1)
+    return DraftCosts(
+      draft=tuple(sum(self.layers[s, 1] for s in range(j + 1)) for j in exits),
+      head=self.heads,
+      verify=tuple(
+        tuple(
+          sum(self.layers[s, lanes] for s in range(j + 1, self.num_segments))
+          + self.final[lanes]
+          + self.overhead
+          for lanes in buckets
+        )
+        for j in exits
+      ),
+      plain=self.step,
+      lane_buckets=buckets,
+    )
+
+  def to_rows(self, segments: tuple[range, ...]) -> list[dict[str, Any]]:
+    """One plain record per part."""
+    rows = [
+      {'part': _span(segments[segment]), 'lanes': lanes, 'seconds': seconds}
+      for (segment, lanes), seconds in sorted(self.layers.items())
+    ]
+    rows += [
+      {'part': f'head of exit {segments[i].stop}', 'lanes': 1, 'seconds': seconds}
+      for i, seconds in enumerate(self.heads)
+    ]
+    rows += [
+      {'part': 'final head', 'lanes': lanes, 'seconds': seconds}
+      for lanes, seconds in sorted(self.final.items())
+    ]
+    rows += [
+      {'part': f'copied keys of {_span(segments[i])}', 'lanes': 1, 'seconds': self.copies[i]}
+      for i in range(1, len(segments))
+    ]
+    whole = {'part': 'whole step of full depth', 'lanes': 1, 'seconds': self.step}
+    return [*rows, whole, {'part': 'beside its parts', 'lanes': 1, 'seconds': self.overhead}]
+
+
+def measure_costs(
+  model: ExitLM,
+  params: Params,
+  *,
+  plan: ExitPlan,
+  max_drafts: int,
+  context: int,
+  capacity: int,
+  step: Callable[[], float],
+  repeats: int,
+  progress: Progress = quiet,
+) -> PartCosts:
+  """Times every part `repeats` times, all in turn, so that a slow spell slows all of them.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    plan: of deferred exits: segments, lanes and the measure of confidence.
+    max_drafts: most drafts of a round.
+    context: tokens in the cache.
+    capacity: columns of the cache, as decoding has it.
+    step: seconds of one step of full depth, the same way.
+    repeats: times of each.
+    progress: wraps the repeats.
+  """
+  params = prepare_params(model, params)
+  timer = _Timer(model, params, plan=plan, context=context, capacity=capacity)
+  lanes = tuple(sorted({*plan.lane_buckets, *draft_buckets(max_drafts)}))
+  deep = range(1, len(plan.segments))
+  parts: dict[Any, Callable[[], float]] = {('layers', 0, 1): timer.layers(0, 1)}
+  for number in lanes:
+    parts |= {('layers', segment, number): timer.layers(segment, number) for segment in deep}
+    parts['final', number] = timer.head(None, number)
+  parts |= {('head', i): timer.head(item, 1) for i, item in enumerate(plan.exits)}
+  parts |= {('copy', segment): timer.copies(segment) for segment in deep}
+  parts['step'] = step
+  seconds: dict[Any, list[float]] = {name: [] for name in parts}
+  for name in progress(list(parts), total=len(parts), label='compiling the parts of a step'):
+    parts[name]()
+  turns = [(turn, name) for turn in range(repeats) for name in parts]
+  for _, name in progress(turns, total=len(turns), label='timing the parts of a step'):
+    time.sleep(_SETTLE_SECONDS)  # Threads of the part before must come to rest.
+    seconds[name].append(parts[name]())
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+  return PartCosts(
+    layers={name[1:]: value for name, value in median.items() if name[0] == 'layers'},
+    heads=tuple(median['head', i] for i in range(len(plan.exits))),
+    final={number: median['final', number] for number in lanes},
+    copies=(0.0, *(median['copy', segment] for segment in deep)),
+    step=median['step'],
+  )
+
+
+class _Timer:
+  """Makes functions that run a part and return its seconds per pass."""
+
+  def __init__(
+    self, model: ExitLM, params: Params, *, plan: ExitPlan, context: int, capacity: int
+  ) -> None:
+    self._model, self._params, self._plan = model, params, plan
+    self._context, self._capacity = context, capacity
+    self._visibility = Causal(model.config.sliding_window)
+
+  def layers(self, segment: int, num_lanes: int) -> Callable[[], float]:
+    layers = self._plan.segments[segment]
+
+    def run() -> float:
+      return self._seconds(
+        lambda: _run_layers(
+          self._model,
+          self._params,
+          self._cache(),
+          self._stream(num_lanes),
+          self._context,
+          _PASSES,
+          layers=layers,
+          visibility=self._visibility,
+        )
+      )
+
+    return run
+
+  def copies(self, segment: int) -> Callable[[], float]:
+    layers = self._plan.segments[segment]
+
+    def run() -> float:
+      return self._seconds(
+        lambda: _run_copies(
+          self._model,
+          self._params,
+          self._cache(),
+          self._stream(1),
+          self._context,
+          _PASSES,
+          layers=layers,
+        )
+      )
+
+    return run
+
+  def head(self, exit_config: ExitConfig | None, num_lanes: int) -> Callable[[], float]:
+    def run() -> float:
+      return self._seconds(
+        lambda: _run_head(
+          self._model,
+          self._params,
+          self._stream(num_lanes)[0],
+          _PASSES,
+          exit_config=exit_config,
+          confidence=self._plan.confidence,
+        )
+      )
+
+    return run
+
+  def _seconds(self, act: Callable[[], Any]) -> float:
+    jax.block_until_ready((self._params, self._cache()))
+    start = time.perf_counter()
+    jax.block_until_ready(act())
+    return (time.perf_counter() - start) / _PASSES
+
+  def _cache(self) -> KVCache:
+    config, plan = self._model.config, self._plan
+    cache = init_cache(config, rows=1, capacity=self._capacity, head_layers=plan.head_layers)
+    place = jnp.arange(self._capacity)[None]
+    columns = dataclasses.replace(cache.columns, position=place, valid=place < self._context)
+    return jax.block_until_ready(dataclasses.replace(cache, columns=columns))
+
+  def _stream(self, num_lanes: int) -> jax.Array:
+    config = self._model.config
+    key = jax.random.key(0)
+    return jax.random.normal(key, (1, num_lanes, config.embed_dim)).astype(config.precision.dtype)
+
+
+@decode_jit(static=('model', 'layers', 'visibility'), donated=('cache',))
+def _run_layers(
+  model: ExitLM,
+  params: Params,
+  cache: KVCache,
+  stream: jax.Array,
+  first: int,
+  num_passes: int,
+  *,
+  layers: range,
+  visibility: Causal,
+) -> Any:
+  lanes = _lanes(first, stream.shape[1])
+
+  def once(_: Any, carry: Any) -> Any:
+    cache, hidden = carry
+    after = extend(model, params, cache, hidden, lanes, layers=layers, visibility=visibility)
+    # The next pass needs this one's outcome, and stays in range.
+    return after.cache, stream + 1e-3 * jnp.tanh(after.hidden)
+
+  return jax.lax.fori_loop(0, num_passes, once, (cache, stream))
+
+
+@decode_jit(static=('model', 'layers'), donated=('cache',))
+def _run_copies(
+  model: ExitLM,
+  params: Params,
+  cache: KVCache,
+  stream: jax.Array,
+  first: int,
+  num_passes: int,
+  *,
+  layers: range,
+) -> Any:
+  lanes = _lanes(first, stream.shape[1])
+
+  def once(_: Any, carry: Any) -> Any:
+    cache, hidden = carry
+    cache = copy_state(model, params, cache, hidden, lanes, layers=layers)
+    written = cache.layers[layers.start].value[0, 0, 0, 0]
+    return cache, stream + 1e-3 * jnp.tanh(written)
+
+  return jax.lax.fori_loop(0, num_passes, once, (cache, stream))
+
+
+@decode_jit(static=('model', 'exit_config', 'confidence'), donated=())
+def _run_head(
+  model: ExitLM,
+  params: Params,
+  features: jax.Array,
+  num_passes: int,
+  *,
+  exit_config: ExitConfig | None,
+  confidence: Confidence,
+) -> Any:
+  def once(_: Any, carry: Any) -> Any:
+    x, chosen = carry
+    scores = head_logits(model, params, exit_config, x)
+    measured = confidence(scores) if confidence.reads_one_exit else scores[:, 0]
+    chosen = chosen + jnp.argmax(scores, axis=-1)
+    return features + 1e-3 * measured[:, None].astype(features.dtype), chosen
+
+  start = (features, jnp.zeros(features.shape[0], jnp.int32))
+  return jax.lax.fori_loop(0, num_passes, once, start)
+
+
+def _lanes(first: Any, num_lanes: int) -> Any:
+  start = jnp.asarray(first, jnp.int32)[None]
+  return consecutive_lanes(start, jnp.full_like(start, num_lanes), num_lanes=num_lanes)
+
+
+def _span(layers: range) -> str:
+  return f'layers {layers.start}:{layers.stop}'
