@@ -14,10 +14,10 @@ from exitax.evaluate.advice.report import (
 )
 from exitax.evaluate.advice.rounds import (
   Work,
-  acceptance_runs,
   copied_work,
   deferred_work,
   geometric_tokens_per_round,
+  run_survival,
   tokens_per_round,
 )
 from exitax.evaluate.advice.timing import PolicySpeed, time_policies
@@ -42,11 +42,11 @@ __all__ = [
   'PartCosts',
   'PolicySpeed',
   'Work',
-  'acceptance_runs',
   'copied_work',
   'deferred_work',
   'geometric_tokens_per_round',
   'measure_costs',
+  'run_survival',
   'time_policies',
   'tokens_per_round',
 ]

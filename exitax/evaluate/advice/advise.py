@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -31,10 +31,10 @@ from exitax.evaluate.advice.report import (
   best_threshold,
 )
 from exitax.evaluate.advice.rounds import (
-  acceptance_runs,
   copied_work,
   deferred_work,
   geometric_tokens_per_round,
+  run_survival,
   tokens_per_round,
 )
 from exitax.evaluate.advice.timing import PolicySpeed, time_policies
@@ -45,6 +45,8 @@ from exitax.evaluate.facts import data_facts, machine_facts, model_facts
 from exitax.evaluate.thresholds import first_exit, oracle_score
 from exitax.evaluate.token_table import TokenTable, token_table
 from exitax.parallel import ShardingRules, use
+
+_LONGEST_RUN = 16
 
 
 def advise(
@@ -90,7 +92,7 @@ def advise(
     own = _own_tables(loaded, decoder, prompts, config, mesh, rules, progress)
     deferred = DeferredExit(threshold=1.0, confidence=config.measure)
     plan = deferred.plan(loaded.model.config)
-    costs = _costs(loaded, decoder, plan, config, progress)
+    costs = _costs(loaded, decoder, own, plan, config, progress)
     speculation = _speculation(own, costs, loaded.model.config.depths, config)
     thresholds = _thresholds(own, costs, plan, loaded.model.config.depths, config)
     speeds = time_policies(
@@ -173,17 +175,28 @@ def _own_tables(
 def _costs(
   loaded: LoadedModel,
   decoder: PromptDecoder,
+  own: Sequence[TokenTable],
   plan: ExitPlan,
   config: AdviseConfig,
   progress: Progress,
 ) -> PartCosts:
-  full = FullDepth(confidence=config.measure)
-
-  def step() -> float:
-    decoded = decoder.decode(0, full)
-    return decoded.seconds / len(decoded.tokens)
-
+  first = loaded.model.config.depths[0]
   context = decoder.prompt_tokens + config.new_tokens // 2
+
+  def per_step(policy: ExitPolicy, tokens: float = 1.0) -> Callable[[], float]:
+    """Seconds of one step of so many tokens."""
+
+    def run() -> float:
+      decoded = decoder.decode(0, policy)
+      return decoded.seconds * tokens / len(decoded.tokens)
+
+    return run
+
+  def rounds(num_drafts: int) -> Callable[[], float]:
+    policy = Speculative(exit_layer=first, num_drafts=num_drafts, confidence=config.measure)
+    return per_step(policy, tokens_per_round([own[0].agrees[0]], num_drafts))
+
+  never = {'threshold': 1.0, 'confidence': config.measure}
   return measure_costs(
     loaded.model,
     loaded.params,
@@ -191,7 +204,13 @@ def _costs(
     max_drafts=config.max_drafts,
     context=context,
     capacity=decoder.capacity(plan),
-    step=step,
+    wholes={
+      'full': per_step(FullDepth(confidence=config.measure)),
+      'deferred': per_step(DeferredExit(**never)),
+      'copy_state': per_step(CopyStateExit(**never)),
+      'round': rounds(1),
+      'rounds': rounds(config.max_drafts),
+    },
     repeats=config.part_repeats,
     progress=progress,
   )
@@ -247,8 +266,8 @@ def _thresholds(
         threshold=threshold,
         agreement=float(np.mean(np.concatenate(kept))),
         layers=float(np.mean(np.asarray(depths)[np.concatenate(exits)])),
-        deferred=costs.step / costs.of_work(deferred),
-        copy_state=costs.step / costs.of_work(copied),
+        deferred=costs.step / costs.of_work(deferred, 'deferred'),
+        copy_state=costs.step / costs.of_work(copied, 'copy_state'),
       )
     )
   return tuple(rows)
@@ -302,7 +321,7 @@ def _exit_facts(
         layer=layer,
         held_out_agreement=float(np.mean(held_out.agrees[index])),
         own_agreement=float(np.mean(np.concatenate(agrees))),
-        runs=tuple(np.bincount(acceptance_runs(agrees)).tolist()),
+        reach=tuple(run_survival(agrees, _LONGEST_RUN).tolist()),
       )
     )
   return tuple(facts)

@@ -33,6 +33,7 @@ from exitax.models import ExitConfig, ExitLM, Params
 # A part is timed over so many passes in one program, so that starting the program does not count.
 _PASSES = 48
 _SETTLE_SECONDS = 0.02
+WHOLES = ('full', 'deferred', 'copy_state', 'round', 'rounds')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,17 @@ class PartCosts:
     heads: per exit, scores and confidence of one lane.
     final: lanes -> final head.
     copies: per segment, keys and values made of an exit's stream; 0 for the first.
-    step: a whole step of full depth, the loop and the choice of the token included.
+    wholes: whole steps, the loop and the choice of tokens included, by kind (`WHOLES`): what they take
+      beside their parts is charged to every step of the same kind.
+    max_drafts: drafts of a `rounds` step; a `round` has one.
   """
 
   layers: Mapping[tuple[int, int], float]
   heads: tuple[float, ...]
   final: Mapping[int, float]
   copies: tuple[float, ...]
-  step: float
+  wholes: Mapping[str, float]
+  max_drafts: int
 
   @property
   def num_segments(self) -> int:
@@ -59,14 +63,33 @@ class PartCosts:
     return len(self.copies)
 
   @property
-  def overhead(self) -> float:
-    """What a step takes beside its layers and its head."""
-    parts = sum(self.layers[segment, 1] for segment in range(self.num_segments)) + self.final[1]
-    return max(self.step - parts, 0.0)
+  def step(self) -> float:
+    """A whole step of full depth."""
+    return self.wholes['full']
 
-  def of_work(self, work: Work) -> float:
-    """Seconds per token."""
-    seconds = work.tokens * self.overhead
+  def overhead(self, kind: str) -> float:
+    """What a whole step of `kind` takes beside its parts; one of 'full', 'deferred', 'copy_state'."""
+    parts = sum(self.layers[segment, 1] for segment in range(self.num_segments)) + self.final[1]
+    if kind != 'full':
+      parts += sum(self.heads)  # No token exits, but every exit is asked.
+    return max(self.wholes[kind] - parts, 0.0)
+
+  @property
+  def draft_overhead(self) -> float:
+    """What each further draft takes beside its layers and its head."""
+    if self.max_drafts == 1:
+      return 0.0
+    beside = self._beside_round('rounds', self.max_drafts) - self._beside_round('round', 1)
+    return max(beside / (self.max_drafts - 1), 0.0)
+
+  @property
+  def round_overhead(self) -> float:
+    """What a round takes beside its passes, its heads and `draft_overhead` for each of its passes."""
+    return max(self._beside_round('round', 1) - 2 * self.draft_overhead, 0.0)
+
+  def of_work(self, work: Work, kind: str) -> float:
+    """Seconds per token of 'deferred' or 'copy_state'."""
+    seconds = work.tokens * self.overhead(kind)
     seconds += sum(self.layers[part] * count for part, count in work.passes.items())
     seconds += sum(
       cost * n for cost, n in zip((*self.heads, self.final[1]), work.heads, strict=True)
@@ -75,20 +98,20 @@ class PartCosts:
     return seconds / work.tokens
 
   def draft_costs(self, max_drafts: int) -> DraftCosts:
-    """The same as speculation reads them, in seconds: for `Speculative(costs=...)`.
+    """The same as speculation reads them, in seconds: for `Speculative(costs=...)`."""
+    return self._draft_costs(max_drafts, draft=self.draft_overhead, round_=self.round_overhead)
 
-    What a step takes beside its parts is added to a plain step and, once, to every round.
-    """
+  def _draft_costs(self, max_drafts: int, *, draft: float, round_: float) -> DraftCosts:
     buckets = draft_buckets(max_drafts)
     exits = range(self.num_segments - 1)
     return DraftCosts(
-      draft=tuple(sum(self.layers[s, 1] for s in range(j + 1)) for j in exits),
+      draft=tuple(sum(self.layers[s, 1] for s in range(j + 1)) + draft for j in exits),
       head=self.heads,
       verify=tuple(
         tuple(
           sum(self.layers[s, lanes] for s in range(j + 1, self.num_segments))
           + self.final[lanes]
-          + self.overhead
+          + round_
           for lanes in buckets
         )
         for j in exits
@@ -96,6 +119,11 @@ class PartCosts:
       plain=self.step,
       lane_buckets=buckets,
     )
+
+  def _beside_round(self, kind: str, num_drafts: int) -> float:
+    """Of a measured round at the first exit."""
+    parts = self._draft_costs(num_drafts, draft=0.0, round_=0.0)
+    return self.wholes[kind] - parts.of_round(0, num_drafts)
 
   def to_rows(self, segments: tuple[range, ...]) -> list[dict[str, Any]]:
     """One plain record per part."""
@@ -115,8 +143,17 @@ class PartCosts:
       {'part': f'copied keys of {_span(segments[i])}', 'lanes': 1, 'seconds': self.copies[i]}
       for i in range(1, len(segments))
     ]
-    whole = {'part': 'whole step of full depth', 'lanes': 1, 'seconds': self.step}
-    return [*rows, whole, {'part': 'beside its parts', 'lanes': 1, 'seconds': self.overhead}]
+    exit_name = f'exit {segments[0].stop}'
+    names = {
+      'full': 'whole step of full depth',
+      'deferred': 'whole step of deferred exits, none taken',
+      'copy_state': 'whole step of copied states, no exit taken',
+      'round': f'whole round, 1 draft at {exit_name}',
+      'rounds': f'whole round, {self.max_drafts} drafts at {exit_name}',
+    }
+    return rows + [
+      {'part': name, 'lanes': 1, 'seconds': self.wholes[kind]} for kind, name in names.items()
+    ]
 
 
 def measure_costs(
@@ -127,7 +164,7 @@ def measure_costs(
   max_drafts: int,
   context: int,
   capacity: int,
-  step: Callable[[], float],
+  wholes: Mapping[str, Callable[[], float]],
   repeats: int,
   progress: Progress = quiet,
 ) -> PartCosts:
@@ -140,7 +177,7 @@ def measure_costs(
     max_drafts: most drafts of a round.
     context: tokens in the cache.
     capacity: columns of the cache, as decoding has it.
-    step: seconds of one step of full depth, the same way.
+    wholes: for each of `WHOLES`, a function that decodes and returns the seconds of one step or round.
     repeats: times of each.
     progress: wraps the repeats.
   """
@@ -154,7 +191,7 @@ def measure_costs(
     parts['final', number] = timer.head(None, number)
   parts |= {('head', i): timer.head(item, 1) for i, item in enumerate(plan.exits)}
   parts |= {('copy', segment): timer.copies(segment) for segment in deep}
-  parts['step'] = step
+  parts |= {('whole', kind): wholes[kind] for kind in WHOLES}
   seconds: dict[Any, list[float]] = {name: [] for name in parts}
   for name in progress(list(parts), total=len(parts), label='compiling the parts of a step'):
     parts[name]()
@@ -168,7 +205,8 @@ def measure_costs(
     heads=tuple(median['head', i] for i in range(len(plan.exits))),
     final={number: median['final', number] for number in lanes},
     copies=(0.0, *(median['copy', segment] for segment in deep)),
-    step=median['step'],
+    wholes={kind: median['whole', kind] for kind in WHOLES},
+    max_drafts=max_drafts,
   )
 
 

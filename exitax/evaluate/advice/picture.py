@@ -57,17 +57,16 @@ def _draw_agreement(axes: Axes, report: AdviceReport) -> None:
     bars = axes.bar([x + offset for x in places], values, 0.38, color=colour, label=label)
     axes.bar_label(bars, [f'{value:.0%}' for value in values], fontsize=9)
   axes.set_xticks(list(places), [f'exit after {layer}' for layer in layers])
-  axes.set_ylim(0, 1.12)
+  axes.set_ylim(0, 1.3)
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.set_title('Agreement with the final layer (measured)')
-  axes.legend(loc='lower right', fontsize=9)
+  axes.legend(loc='upper center', ncols=2, fontsize=9, frameon=False)
 
 
 def _draw_runs(axes: Axes, report: AdviceReport) -> None:
   for item, colour in zip(report.exits, COLOURS * 9, strict=False):
-    total = max(sum(item.runs), 1)
-    reach = [sum(item.runs[length:]) / total for length in range(_LONGEST_RUN + 1)]
-    formula = [item.own_agreement**length for length in range(_LONGEST_RUN + 1)]
+    reach = item.reach[: _LONGEST_RUN + 1]
+    formula = [item.own_agreement**length for length in range(len(reach))]
     axes.plot(reach, 'o-', color=colour, markersize=4, label=f'exit after {item.layer}')
     axes.plot(formula, ':', color=colour, linewidth=1.2)
   axes.plot([], [], ':', color=GREY, label='if tokens were independent')

@@ -6,6 +6,8 @@ from exitax.evaluate.advice.report import AdviceReport
 from exitax.evaluate.advice.verdict import verdict_of
 from exitax.evaluate.rendering import table
 
+_RUNS = (1, 2, 4, 8)
+
 
 def render_advice(report: AdviceReport) -> str:
   """Tables of what was measured and predicted, and the verdict last."""
@@ -33,22 +35,16 @@ def _heading(report: AdviceReport) -> str:
 
 
 def _exits(report: AdviceReport) -> str:
-  rows = []
-  for item in report.exits:
-    total = max(sum(item.runs), 1)
-    mean = sum(i * count for i, count in enumerate(item.runs)) / total
-    long = sum(item.runs[4:]) / total
-    rows.append(
-      (
-        str(item.layer),
-        f'{item.held_out_agreement:.1%}',
-        f'{item.own_agreement:.1%}',
-        f'{mean:.1f}',
-        f'{item.runs[0] / total if item.runs else 0:.0%}',
-        f'{long:.0%}',
-      )
+  rows = [
+    (
+      str(item.layer),
+      f'{item.held_out_agreement:.1%}',
+      f'{item.own_agreement:.1%}',
+      *(f'{item.reach[length]:.0%}' for length in _RUNS),
     )
-  header = ('exit', 'held-out', 'own text', 'mean run', 'runs of 0', 'runs of 4+')
+    for item in report.exits
+  ]
+  header = ('exit', 'held-out', 'own text', *(f'runs of {length}+' for length in _RUNS))
   oracle = (
     f'Oracle (earliest exit that agrees): {report.oracle_layers:.2f} of {report.model.num_layers} layers '
     'per held-out token'
@@ -57,7 +53,9 @@ def _exits(report: AdviceReport) -> str:
 
 
 def _costs(report: AdviceReport) -> str:
-  whole = next(row['seconds'] for row in report.costs if row['part'].startswith('whole'))
+  whole = next(
+    row['seconds'] for row in report.costs if row['part'].startswith('whole step of full')
+  )
   names = list(dict.fromkeys(row['part'] for row in report.costs))
   lanes = sorted({row['lanes'] for row in report.costs})
   cells = {(row['part'], row['lanes']): row['seconds'] for row in report.costs}

@@ -23,13 +23,13 @@ class ExitFacts:
     layer: layers before it.
     held_out_agreement: share of held-out tokens where it ranks first what the final layer does.
     own_agreement: the same along the text that the model writes itself, which is what speculation meets.
-    runs: how often 0, 1, 2, ... tokens in a row agree before one does not, along its own text.
+    reach: share of runs of agreement along its own text that are at least 0, 1, 2, ... tokens long.
   """
 
   layer: int
   held_out_agreement: float
   own_agreement: float
-  runs: tuple[int, ...]
+  reach: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

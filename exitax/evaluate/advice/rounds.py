@@ -3,7 +3,7 @@
 Worked miniature, an exit that agrees with the final layer on A and not on x, two drafts a round:
 
   text      A A A x A x x A        rounds      AA+A | x | A+x | x | A..
-  accepted  runs of A before each x: 3, 1, 0   (the last run is cut off by the end of the text)
+  runs      3, 1, 0 before the three x, and 1 that the end of the text cuts off
 """
 
 from __future__ import annotations
@@ -15,16 +15,27 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 
-def acceptance_runs(texts: Iterable[np.ndarray]) -> np.ndarray:
-  """Numbers of agreements in a row before each disagreement, i64 `[disagreements]`.
+def run_survival(texts: Iterable[np.ndarray], longest: int) -> np.ndarray:
+  """Share of runs of agreement that are at least 0, 1, ..., `longest` long, f64 `[longest + 1]`.
 
-  What a round would accept that drafted without end. Runs that a text's end cuts off are left out.
+  What a round would accept that drafted without end. A run that its text's end cuts off counts as far
+  as it was seen (Kaplan and Meier's estimate): to leave it out would drop the longest ones first.
 
   Args:
     texts: for each text, bool `[tokens]`: whether the exit agrees with the final layer.
+    longest: length to look at last.
   """
-  runs = [np.diff(np.flatnonzero(~agrees), prepend=-1) - 1 for agrees in texts]
-  return np.concatenate([np.zeros(0, np.int64), *runs])
+  ended, cut = np.zeros(longest + 1, np.int64), np.zeros(longest + 1, np.int64)
+  for agrees in texts:
+    runs = np.diff(np.flatnonzero(~agrees), prepend=-1) - 1
+    rest = len(agrees) - len(runs) - int(np.sum(runs))
+    np.add.at(ended, runs[runs <= longest], 1)
+    cut[min(rest, longest)] += rest > 0
+    cut[longest] += np.sum(runs > longest)
+  # Runs of which the token after `length` agreements was seen.
+  seen = np.cumsum((ended + cut)[::-1])[::-1] - cut
+  goes_on = 1 - ended / np.maximum(seen, 1)
+  return np.concatenate([[1.0], np.cumprod(goes_on[:-1])])
 
 
 def tokens_per_round(texts: Iterable[np.ndarray], num_drafts: int) -> float:

@@ -87,12 +87,14 @@ def _reason(report: AdviceReport) -> str:
   exit_facts = next(item for item in report.exits if item.layer == best.layer)
   index = report.exits.index(exit_facts)
   costs = report.draft_costs
-  perfect = (best.num_drafts + 1) * costs['plain'] / _round(costs, index, best.num_drafts)
+  round_ = _round(costs, index, best.num_drafts) / costs['plain']
+  most = best.num_drafts + 1
+  perfect = most / round_
   if perfect < report.worthwhile:
     return (
-      f'Even an exit that always agreed would give {perfect:.2f}x at most: a draft costs '
-      f'{(costs["draft"][index] + costs["head"][index]) / costs["plain"]:.0%} of a whole step here, so '
-      'use a smaller vocabulary, earlier exits or more layers.'
+      f'Even an exit that always agreed would give {perfect:.2f}x at most: such a round takes as long as '
+      f'{round_:.1f} steps here and gains {most} tokens at most. A smaller vocabulary, earlier exits or more '
+      'layers would make drafts cheaper.'
     )
   return (
     f'The exit after layer {best.layer} agrees with the final layer on {exit_facts.own_agreement:.0%} of '
