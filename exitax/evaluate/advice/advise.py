@@ -14,10 +14,12 @@ from exitax.data import Data, Progress, check_tokenizer, quiet
 from exitax.decode import (
   CopyStateExit,
   DeferredExit,
+  DraftCosts,
   ExitPlan,
   ExitPolicy,
   FullDepth,
   Speculative,
+  prepare_params,
 )
 from exitax.errors import UserError
 from exitax.evaluate.advice.config import AdviseConfig
@@ -41,6 +43,7 @@ from exitax.evaluate.advice.timing import PolicySpeed, time_policies
 from exitax.evaluate.advice.verdict import ADAPTIVE, COPIED, DEFERRED, SPECULATION
 from exitax.evaluate.calibration.outputs import text_tables
 from exitax.evaluate.decoding import PromptDecoder, held_out_prompts
+from exitax.evaluate.draft_costs import measure_draft_costs
 from exitax.evaluate.facts import data_facts, machine_facts, model_facts
 from exitax.evaluate.thresholds import first_exit, oracle_score
 from exitax.evaluate.token_table import TokenTable, token_table
@@ -92,12 +95,20 @@ def advise(
     own = _own_tables(loaded, decoder, prompts, config, mesh, rules, progress)
     deferred = DeferredExit(threshold=1.0, confidence=config.measure)
     plan = deferred.plan(loaded.model.config)
-    costs = _costs(loaded, decoder, own, plan, config, progress)
-    speculation = _speculation(own, costs, loaded.model.config.depths, config)
+    costs = _costs(loaded, decoder, plan, config, progress)
+    draft_costs = measure_draft_costs(
+      loaded.model,
+      prepare_params(loaded.model, loaded.params),
+      max_drafts=config.max_drafts,
+      context=config.prompt_tokens + config.new_tokens // 2,
+      repeats=config.part_repeats,
+      progress=progress,
+    )
+    speculation = _speculation(own, costs.step, draft_costs, loaded.model.config.depths)
     thresholds = _thresholds(own, costs, plan, loaded.model.config.depths, config)
     speeds = time_policies(
       decoder,
-      _policies(speculation, thresholds, costs, config),
+      _policies(speculation, thresholds, draft_costs, config),
       repeats=config.repeats,
       max_seconds=config.seconds,
       progress=progress,
@@ -116,7 +127,7 @@ def advise(
     exits=_exit_facts(held_out, own, depths),
     oracle_layers=oracle_score(held_out, depths=depths, bytes_per_token=1.0).effective_layers,
     costs=tuple(costs.to_rows(plan.segments)),
-    draft_costs=dataclasses.asdict(costs.draft_costs(config.max_drafts)),
+    draft_costs=dataclasses.asdict(draft_costs),
     speculation=speculation,
     thresholds=thresholds,
     agreement=config.agreement,
@@ -175,26 +186,18 @@ def _own_tables(
 def _costs(
   loaded: LoadedModel,
   decoder: PromptDecoder,
-  own: Sequence[TokenTable],
   plan: ExitPlan,
   config: AdviseConfig,
   progress: Progress,
 ) -> PartCosts:
-  first = loaded.model.config.depths[0]
   context = decoder.prompt_tokens + config.new_tokens // 2
 
-  def per_step(policy: ExitPolicy, tokens: float = 1.0) -> Callable[[], float]:
-    """Seconds of one step of so many tokens."""
-
+  def per_step(policy: ExitPolicy) -> Callable[[], float]:
     def run() -> float:
       decoded = decoder.decode(0, policy)
-      return decoded.seconds * tokens / len(decoded.tokens)
+      return decoded.seconds / len(decoded.tokens)
 
     return run
-
-  def rounds(num_drafts: int) -> Callable[[], float]:
-    policy = Speculative(exit_layer=first, num_drafts=num_drafts, confidence=config.measure)
-    return per_step(policy, tokens_per_round([own[0].agrees[0]], num_drafts))
 
   never = {'threshold': 1.0, 'confidence': config.measure}
   return measure_costs(
@@ -208,8 +211,6 @@ def _costs(
       'full': per_step(FullDepth(confidence=config.measure)),
       'deferred': per_step(DeferredExit(**never)),
       'copy_state': per_step(CopyStateExit(**never)),
-      'round': rounds(1),
-      'rounds': rounds(config.max_drafts),
     },
     repeats=config.part_repeats,
     progress=progress,
@@ -217,16 +218,13 @@ def _costs(
 
 
 def _speculation(
-  own: Sequence[TokenTable], costs: PartCosts, depths: Sequence[int], config: AdviseConfig
+  own: Sequence[TokenTable], step: float, costs: DraftCosts, depths: Sequence[int]
 ) -> tuple[SpeculationRow, ...]:
   rows = []
   for index, layer in enumerate(depths[:-1]):
     agrees = [table.agrees[index] for table in own]
     share = float(np.mean(np.concatenate(agrees)))
-    for num_drafts in range(1, config.max_drafts + 1):
-      # Lanes are compiled for this number of drafts, as `Speculative` does with a fixed one.
-      draft_costs = costs.draft_costs(num_drafts)
-      per_round = draft_costs.of_round(index, num_drafts) / draft_costs.plain
+    for num_drafts, seconds in enumerate(costs.rounds[index], start=1):
       counted = tokens_per_round(agrees, num_drafts)
       formula = geometric_tokens_per_round(share, num_drafts)
       rows.append(
@@ -235,8 +233,8 @@ def _speculation(
           num_drafts=num_drafts,
           tokens_per_round=counted,
           formula=formula,
-          speed_up=counted / per_round,
-          formula_speed_up=formula / per_round,
+          speed_up=counted * step / seconds,
+          formula_speed_up=formula * step / seconds,
         )
       )
   return tuple(rows)
@@ -276,7 +274,7 @@ def _thresholds(
 def _policies(
   speculation: Sequence[SpeculationRow],
   thresholds: tuple[ThresholdSpeed, ...],
-  costs: PartCosts,
+  costs: DraftCosts,
   config: AdviseConfig,
 ) -> dict[str, ExitPolicy]:
   """What is measured beside its prediction."""
@@ -285,11 +283,14 @@ def _policies(
   return {
     'full': FullDepth(confidence=config.measure),
     SPECULATION: Speculative(
-      exit_layer=best.layer, num_drafts=best.num_drafts, confidence=config.measure
+      exit_layer=best.layer,
+      num_drafts=best.num_drafts,
+      max_drafts=config.max_drafts,
+      confidence=config.measure,
     ),
     ADAPTIVE: Speculative(
       max_drafts=config.max_drafts,
-      costs=costs.draft_costs(config.max_drafts),
+      costs=costs,
       confidence=config.measure,
     ),
     DEFERRED: DeferredExit(threshold=threshold, confidence=config.measure),

@@ -15,16 +15,15 @@ from exitax.data import Progress, quiet
 from exitax.decode import (
   Causal,
   Confidence,
-  DraftCosts,
   ExitPlan,
   KVCache,
   consecutive_lanes,
+  draft_buckets,
   extend,
   init_cache,
   prepare_params,
 )
 from exitax.decode.compiling import decode_jit
-from exitax.decode.draft_choice import draft_buckets
 from exitax.decode.extend import copy_state
 from exitax.decode.scores import head_logits
 from exitax.evaluate.advice.rounds import Work
@@ -33,7 +32,7 @@ from exitax.models import ExitConfig, ExitLM, Params
 # A part is timed over so many passes in one program, so that starting the program does not count.
 _PASSES = 48
 _SETTLE_SECONDS = 0.02
-WHOLES = ('full', 'deferred', 'copy_state', 'round', 'rounds')
+WHOLES = ('full', 'deferred', 'copy_state')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,6 @@ class PartCosts:
     copies: per segment, keys and values made of an exit's stream; 0 for the first.
     wholes: whole steps, the loop and the choice of tokens included, by kind (`WHOLES`): what they take
       beside their parts is charged to every step of the same kind.
-    max_drafts: drafts of a `rounds` step; a `round` has one.
   """
 
   layers: Mapping[tuple[int, int], float]
@@ -55,7 +53,6 @@ class PartCosts:
   final: Mapping[int, float]
   copies: tuple[float, ...]
   wholes: Mapping[str, float]
-  max_drafts: int
 
   @property
   def num_segments(self) -> int:
@@ -74,19 +71,6 @@ class PartCosts:
       parts += sum(self.heads)  # No token exits, but every exit is asked.
     return max(self.wholes[kind] - parts, 0.0)
 
-  @property
-  def draft_overhead(self) -> float:
-    """What each further draft takes beside its layers and its head."""
-    if self.max_drafts == 1:
-      return 0.0
-    beside = self._beside_round('rounds', self.max_drafts) - self._beside_round('round', 1)
-    return max(beside / (self.max_drafts - 1), 0.0)
-
-  @property
-  def round_overhead(self) -> float:
-    """What a round takes beside its passes, its heads and `draft_overhead` for each of its passes."""
-    return max(self._beside_round('round', 1) - 2 * self.draft_overhead, 0.0)
-
   def of_work(self, work: Work, kind: str) -> float:
     """Seconds per token of 'deferred' or 'copy_state'."""
     seconds = work.tokens * self.overhead(kind)
@@ -96,34 +80,6 @@ class PartCosts:
     )
     seconds += sum(cost * n for cost, n in zip(self.copies, work.copies, strict=True))
     return seconds / work.tokens
-
-  def draft_costs(self, max_drafts: int) -> DraftCosts:
-    """The same as speculation reads them, in seconds: for `Speculative(costs=...)`."""
-    return self._draft_costs(max_drafts, draft=self.draft_overhead, round_=self.round_overhead)
-
-  def _draft_costs(self, max_drafts: int, *, draft: float, round_: float) -> DraftCosts:
-    buckets = draft_buckets(max_drafts)
-    exits = range(self.num_segments - 1)
-    return DraftCosts(
-      draft=tuple(sum(self.layers[s, 1] for s in range(j + 1)) + draft for j in exits),
-      head=self.heads,
-      verify=tuple(
-        tuple(
-          sum(self.layers[s, lanes] for s in range(j + 1, self.num_segments))
-          + self.final[lanes]
-          + round_
-          for lanes in buckets
-        )
-        for j in exits
-      ),
-      plain=self.step,
-      lane_buckets=buckets,
-    )
-
-  def _beside_round(self, kind: str, num_drafts: int) -> float:
-    """Of a measured round at the first exit."""
-    parts = self._draft_costs(num_drafts, draft=0.0, round_=0.0)
-    return self.wholes[kind] - parts.of_round(0, num_drafts)
 
   def to_rows(self, segments: tuple[range, ...]) -> list[dict[str, Any]]:
     """One plain record per part."""
@@ -143,13 +99,10 @@ class PartCosts:
       {'part': f'copied keys of {_span(segments[i])}', 'lanes': 1, 'seconds': self.copies[i]}
       for i in range(1, len(segments))
     ]
-    exit_name = f'exit {segments[0].stop}'
     names = {
       'full': 'whole step of full depth',
       'deferred': 'whole step of deferred exits, none taken',
       'copy_state': 'whole step of copied states, no exit taken',
-      'round': f'whole round, 1 draft at {exit_name}',
-      'rounds': f'whole round, {self.max_drafts} drafts at {exit_name}',
     }
     return rows + [
       {'part': name, 'lanes': 1, 'seconds': self.wholes[kind]} for kind, name in names.items()
@@ -174,10 +127,10 @@ def measure_costs(
     model: the model.
     params: its parameters.
     plan: of deferred exits: segments, lanes and the measure of confidence.
-    max_drafts: most drafts of a round.
+    max_drafts: most drafts of a round: verification is timed over as many lanes.
     context: tokens in the cache.
     capacity: columns of the cache, as decoding has it.
-    wholes: for each of `WHOLES`, a function that decodes and returns the seconds of one step or round.
+    wholes: for each of `WHOLES`, a function that decodes and returns the seconds of one step.
     repeats: times of each.
     progress: wraps the repeats.
   """
@@ -206,7 +159,6 @@ def measure_costs(
     final={number: median['final', number] for number in lanes},
     copies=(0.0, *(median['copy', segment] for segment in deep)),
     wholes={kind: median['whole', kind] for kind in WHOLES},
-    max_drafts=max_drafts,
   )
 
 

@@ -41,8 +41,8 @@ class SpeculationRow:
     num_drafts: of every round.
     tokens_per_round: along the model's own text, counted: what would happen.
     formula: (1 - a^(d+1)) / (1 - a) from the exit's agreement.
-    speed_up: predicted from the parts' times and `tokens_per_round`.
-    formula_speed_up: predicted from the parts' times and `formula`.
+    speed_up: predicted from a round's time and `tokens_per_round`.
+    formula_speed_up: predicted from a round's time and `formula`.
   """
 
   layer: int
@@ -101,7 +101,7 @@ class AdviceReport:
     exits: measured agreement of each exit.
     oracle_layers: mean layers per held-out token at the earliest exit that agrees: measured.
     costs: seconds of the parts of a step: measured.
-    draft_costs: the same as `Speculative(costs=DraftCosts(...))` reads them.
+    draft_costs: seconds of rounds of speculation, as `Speculative(costs=DraftCosts(...))` reads them: measured.
     speculation: predicted, for every exit and number of drafts.
     thresholds: predicted, for every threshold.
     agreement: what a threshold must keep to be recommended.

@@ -87,7 +87,7 @@ def _reason(report: AdviceReport) -> str:
   exit_facts = next(item for item in report.exits if item.layer == best.layer)
   index = report.exits.index(exit_facts)
   costs = report.draft_costs
-  round_ = _round(costs, index, best.num_drafts) / costs['plain']
+  round_ = costs['rounds'][index][best.num_drafts - 1] / costs['plain']
   most = best.num_drafts + 1
   perfect = most / round_
   if perfect < report.worthwhile:
@@ -101,12 +101,6 @@ def _reason(report: AdviceReport) -> str:
     f'tokens; if it always did, this would be {perfect:.2f}x. Train it more: higher '
     '`exit_weights`, LayerSkip dropout, more steps.'
   )
-
-
-def _round(costs: dict[str, object], index: int, num_drafts: int) -> float:
-  from exitax.decode import DraftCosts
-
-  return DraftCosts(**costs).of_round(index, num_drafts)  # type: ignore[arg-type]
 
 
 def _threshold_aside(report: AdviceReport, threshold: ThresholdSpeed) -> str:

@@ -22,12 +22,7 @@ def costs(**changes) -> PartCosts:
       'full': 7.5,
       'deferred': 9.8,
       'copy_state': 9.6,
-      # Of a round of 1 draft at the first exit: 2 * 2 + 1 + (2.4 + 2.4 + 1.4) = 11.2.
-      'round': 12.0,
-      # Of 7 drafts: 8 * 2 + 7 + (2.8 + 2.8 + 1.8) = 30.4.
-      'rounds': 33.0,
     },
-    'max_drafts': 7,
   }
   return PartCosts(**{**fields, **changes})
 
@@ -38,18 +33,6 @@ def test_overheads_are_what_wholes_take_beside_their_parts():
   assert parts.overhead('full') == pytest.approx(0.2)
   assert parts.overhead('deferred') == pytest.approx(0.5)
   assert parts.overhead('copy_state') == pytest.approx(0.3)
-  # 0.8 beside a round of two passes, 2.6 beside one of eight: 0.3 a pass, and 0.2 a round.
-  assert parts.draft_overhead == pytest.approx(0.3)
-  assert parts.round_overhead == pytest.approx(0.2)
-
-
-def test_rounds_that_were_measured_are_predicted_as_measured():
-  parts = costs()
-  assert parts.draft_costs(1).of_round(0, 1) == pytest.approx(12.0)
-  assert parts.draft_costs(7).of_round(0, 7) == pytest.approx(33.0)
-  assert parts.draft_costs(7).plain == 7.5
-  # At the second exit: 4 passes of 4.1 + 0.3, 3 heads, and the last span over 4 lanes.
-  assert parts.draft_costs(3).of_round(1, 3) == pytest.approx(4 * 4.4 + 3 + 2.4 + 1.4 + 0.2)
 
 
 def test_work():
@@ -61,15 +44,15 @@ def test_work():
 def test_overheads_are_never_negative():
   wholes = dict.fromkeys(WHOLES, 0.1)
   parts = costs(wholes=wholes)
-  assert parts.overhead('full') == parts.draft_overhead == parts.round_overhead == 0
+  assert parts.overhead('full') == parts.overhead('deferred') == 0
 
 
 def test_rows_name_every_part():
   rows = costs().to_rows(SEGMENTS)
   names = {row['part'] for row in rows}
   assert {'layers 0:2', 'layers 4:6', 'head of exit 4', 'final head'} <= names
-  assert 'whole round, 7 drafts at exit 2' in names
-  assert len(rows) == 1 + 8 + 2 + 4 + 2 + 5
+  assert 'whole step of full depth' in names
+  assert len(rows) == 1 + 8 + 2 + 4 + 2 + 3
 
 
 def test_parts_are_timed(loaded):
