@@ -9,7 +9,13 @@ from typing import Any
 
 import jax
 
-from exitax.checkpoint import Certificate, LoadedModel, load_certificate, load_model
+from exitax.checkpoint import (
+  Certificate,
+  LoadedModel,
+  load_certificate,
+  load_classifiers,
+  load_model,
+)
 from exitax.data import StreamDecoder, Tokenizer, encode_prompt, pad_documents
 from exitax.decode import (
   Completion,
@@ -375,7 +381,12 @@ class LanguageModel:
 
   def _prepared(self) -> Params:
     if self._decode_params is None:
-      self._decode_params = prepare_params(self._loaded.model, self.params, weights=self._weights)
+      loaded = self._loaded
+      prepared = prepare_params(loaded.model, self.params, weights=self._weights)
+      classifiers = load_classifiers(loaded.directory, step=loaded.step)
+      if classifiers is not None:
+        prepared = {**prepared, 'confidence': classifiers}
+      self._decode_params = prepared
     return self._decode_params
 
   def _as_text(self, prompt: str, completion: Completion) -> TextCompletion:

@@ -18,6 +18,7 @@ from exitax.checkpoint.certificate import (
   load_certificate,
   write_certificate,
 )
+from exitax.checkpoint.classifiers import CLASSIFIER_FILE, load_classifiers, write_classifiers
 from exitax.checkpoint.config import BestMode, CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
 from exitax.checkpoint.manager import CheckpointManager
@@ -42,6 +43,10 @@ __all__ = [
   'read_json',
   'write_bytes_atomic',
   'write_json_atomic',
+  # Learned confidence
+  'CLASSIFIER_FILE',
+  'load_classifiers',
+  'write_classifiers',
   # Certified thresholds
   'CERTIFICATE_FILE',
   'Certificate',

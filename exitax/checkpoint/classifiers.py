@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def load_classifiers(
   """The classifiers of a model directory; None if there are none for the weights of `step`."""
   path = Path(model_dir) / CLASSIFIER_FILE
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
       content = {name: arrays[name] for name in arrays.files}
-  except (OSError, ValueError):
+  except (OSError, ValueError, zipfile.BadZipFile):
     return None
   if str(content.pop(_DIGEST, '')) != checkpoint_digest(model_dir, step=step):
     return None

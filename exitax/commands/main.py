@@ -21,6 +21,7 @@ COMMANDS = {
   'advise': 'does early exit pay for a model on its data here, and which kind',
   'calibrate': 'certify an exit threshold: how much text changes, with a guarantee',
   'generate': 'write text, with the exit depth of every token',
+  'tune-confidence': 'train a confidence classifier for every exit of a frozen model',
   'plan': 'compile a training step for a TPU slice that is not here; what fits, and how fast',
   'inspect': 'print the table of parameters: shapes, logical axes, mesh axes, bytes per device',
 }
@@ -48,7 +49,7 @@ def _run(arguments: list[str]) -> int:
   name = arguments[0]
   if name not in COMMANDS:
     raise UserError(f'no command {name!r}: choose {", ".join(COMMANDS)} (exitax --help)')
-  command = importlib.import_module(f'exitax.commands.{name}')
+  command = importlib.import_module(f'exitax.commands.{name.replace("-", "_")}')
   parser = argparse.ArgumentParser(
     prog=f'exitax {name}',
     description=command.__doc__,

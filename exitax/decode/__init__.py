@@ -5,7 +5,7 @@
 # Policies.
 from exitax.decode.acceptance import Acceptance
 from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
-from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit
+from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit, cosine
 from exitax.decode.depth import ExitPlan, Filling
 from exitax.decode.draft_choice import (
   DraftCosts,
@@ -95,6 +95,7 @@ __all__ = [
   'classifier_logit',
   'completions_since',
   'consecutive_lanes',
+  'cosine',
   'draft_buckets',
   'estimate_costs',
   'extend',

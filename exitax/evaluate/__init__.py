@@ -1,5 +1,12 @@
 """Evaluation: every exit, every threshold, and what a threshold saves in wall-clock time."""
 
+from exitax.evaluate.classifiers import (
+  ClassifierConfig,
+  ClassifierScore,
+  collect_streams,
+  fit_classifiers,
+  score_classifiers,
+)
 from exitax.evaluate.config import EvaluateConfig
 from exitax.evaluate.decoding import PromptDecoder, held_out_prompts
 from exitax.evaluate.draft_costs import measure_draft_costs
@@ -44,6 +51,12 @@ __all__ = [
   'oracle_score',
   'threshold_rows',
   'token_table',
+  # Learned confidence.
+  'ClassifierConfig',
+  'ClassifierScore',
+  'collect_streams',
+  'fit_classifiers',
+  'score_classifiers',
   # Speed of decoding.
   'DecodeFn',
   'Decoded',

@@ -21,6 +21,7 @@ from exitax.decode import Confidence, classifier_logit, cosine
 from exitax.errors import UserError
 from exitax.models import ExitLM, Params
 from exitax.models.forward import packed_attend
+from exitax.objectives import PackedBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,9 @@ def score_classifiers(
   scores = []
   for i, (layer, classifier) in enumerate(classifiers.items()):
     measures = {
-      Confidence.CLASSIFIER.value: np.asarray(classifier_logit(classifier, streams.stream[i])),
+      Confidence.CLASSIFIER.value: np.asarray(
+        classifier_logit(classifier, jnp.asarray(streams.stream[i]))
+      ),
       Confidence.MAX_PROB.value: streams.max_prob[i],
       Confidence.COSINE.value: streams.cosine[i],
     }
@@ -162,7 +165,7 @@ def auroc(values: np.ndarray, positive: np.ndarray) -> float:
   return float(surplus / num_positive / num_negative)
 
 
-def _observe(model: ExitLM, params: Params, batch: Batch) -> dict[str, jax.Array]:
+def _observe(model: ExitLM, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
   """Arrays `[exits, batch * length, ...]` of one batch."""
   attend = packed_attend(batch.segment_ids, batch.positions, model.config.sliding_window)
   rotary = model.rotary(batch.positions, below=batch.positions.shape[-1])
@@ -192,7 +195,7 @@ def _fit(stream: np.ndarray, agrees: np.ndarray, *, l2: float, iterations: int) 
   }
 
   def loss(classifier: Any) -> jax.Array:
-    logit = classifier_logit(classifier, stream)
+    logit = classifier_logit(classifier, jnp.asarray(stream))
     nll = optax.losses.sigmoid_binary_cross_entropy(logit, agrees.astype(np.float32))
     return jnp.mean(nll) + l2 * jnp.sum(classifier['kernel'] ** 2)
 
@@ -202,9 +205,7 @@ def _fit(stream: np.ndarray, agrees: np.ndarray, *, l2: float, iterations: int) 
   def advance(carry: Any, _: None) -> Any:
     classifier, state = carry
     value, grad = value_and_grad(classifier, state=state)
-    updates, state = solver.update(
-      grad, state, classifier, value=value, grad=grad, value_fn=loss
-    )
+    updates, state = solver.update(grad, state, classifier, value=value, grad=grad, value_fn=loss)
     return (optax.apply_updates(classifier, updates), state), None
 
   def solve() -> Any:

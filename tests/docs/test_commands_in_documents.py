@@ -38,14 +38,23 @@ SMALL_EVALUATION = (
 )
 
 
+TESTED = (
+  'train',
+  'evaluate',
+  'tune-confidence',
+  'calibrate',
+  'advise',
+  'generate',
+  'inspect',
+  'plan',
+)
+
+
 def exitax_commands(text: str) -> list[str]:
   """Command lines of exitax in a document or in the comments of a gin file."""
   joined = re.sub(r'\\\n#?\s*', '', text)
   lines = (line.lstrip('# ').strip() for line in joined.splitlines())
-  found = [
-    re.match(r'(?:\.venv/bin/)?exitax ((?:train|evaluate|generate|inspect|plan) .*)', x)
-    for x in lines
-  ]
+  found = [re.match(rf'(?:\.venv/bin/)?exitax ((?:{"|".join(TESTED)}) .*)', x) for x in lines]
   return [match.group(1) for match in found if match]
 
 
