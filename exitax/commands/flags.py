@@ -110,6 +110,19 @@ def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
   parser.add_argument('--model_dir', metavar='DIR', help=purpose)
 
 
+def thresholds(text: str) -> float | tuple[float, ...]:
+  """The value of `--threshold`: a number, or numbers with commas between them.
+
+  Raises:
+    UserError: anything else.
+  """
+  try:
+    values = tuple(float(part) for part in text.split(','))
+  except ValueError:
+    raise UserError(f'--threshold={text} is not a number, or numbers with commas') from None
+  return values[0] if len(values) == 1 else values
+
+
 def parse_gin(
   flags: argparse.Namespace,
   *,

@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   exits = parser.add_argument_group('early exit')
   exits.add_argument(
     '--threshold',
-    type=_thresholds,
+    type=flag_groups.thresholds,
     metavar='T',
     help='exit where the confidence is above it; one number, one per exit as 0.9,0.8, or certified: what '
     '`exitax calibrate` has certified for this model',
@@ -239,18 +239,6 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
   if not prompts:
     raise UserError("generate needs a prompt: --prompt='def main('")
   return prompts
-
-
-def _thresholds(text: str) -> Threshold:
-  if text == CERTIFIED:
-    return text
-  try:
-    values = tuple(float(part) for part in text.split(','))
-  except ValueError:
-    raise UserError(
-      f'--threshold={text} is not a number, numbers with commas, or {CERTIFIED}'
-    ) from None
-  return values[0] if len(values) == 1 else values
 
 
 def _as_json(completion: TextCompletion) -> dict[str, Any]:

@@ -40,6 +40,18 @@ from exitax.decode.policies import (
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
 from exitax.decode.speculation import FORCED, STATS, DraftPlan
+
+# Slots that requests take and leave.
+from exitax.decode.slots import (
+  CacheChunk,
+  Gains,
+  insert_row,
+  read_chunk,
+  read_gains,
+  release_rows,
+  write_chunk,
+)
+from exitax.decode.speculation import STATS, DraftPlan
 from exitax.decode.state import (
   DecodeState,
   ExitRecord,
@@ -53,6 +65,7 @@ from exitax.decode.strategies import Strategy, StrategySettings
 __all__ = [
   'Acceptance',
   'Agreement',
+  'CacheChunk',
   'Causal',
   'Completion',
   'Confidence',
@@ -70,6 +83,7 @@ __all__ = [
   'Filling',
   'FullDepth',
   'Gain',
+  'Gains',
   'GenerateResult',
   'KVCache',
   'KeyColumns',
@@ -104,14 +118,19 @@ __all__ = [
   'generate',
   'init_cache',
   'init_state',
+  'insert_row',
   'make_requests',
   'prefill_chunk',
   'prepare_params',
+  'read_chunk',
+  'read_gains',
+  'release_rows',
   'run_steps',
   'step',
   'stream',
   'token_key',
   'tokens_per_round',
   'truncate',
+  'write_chunk',
   'write_layer',
 ]

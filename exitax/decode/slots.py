@@ -1,0 +1,140 @@
+"""Slots: rows of one long-lived state that requests take and leave between steps.
+
+All shapes are fixed by the slots, so that joining and leaving never compiles anything. A request is
+prefilled alone, in a state of one row, and then copied into a free slot: running rows wait for one
+chunk of a prompt at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from exitax.decode.cache import KVCache, LayerCache
+from exitax.decode.compiling import decode_jit
+from exitax.decode.lanes import KeyColumns
+from exitax.decode.state import DecodeState, Requests
+
+
+@struct.dataclass
+class Gains:
+  """What rows have gained: small enough to be copied to the host after every few steps.
+
+  Attributes:
+    tokens: i32 `[rows, width]`, each row's generated tokens from the asked number on; those at and
+      after `step` are stale.
+    exit_layer: i32 `[rows, width]`.
+    confidence: f32 `[rows, width]`.
+    step: i32 `[rows]`, tokens generated in all.
+    done: bool `[rows]`.
+    stop_reason: i32 `[rows]`, of `StopReason`.
+  """
+
+  tokens: jax.Array
+  exit_layer: jax.Array
+  confidence: jax.Array
+  step: jax.Array
+  done: jax.Array
+  stop_reason: jax.Array
+
+
+@struct.dataclass
+class CacheChunk:
+  """Keys and values of some consecutive tokens of one row, in every layer.
+
+  Attributes:
+    layers: one entry per layer, `[1, num_kv_heads, chunk, head_dim]`.
+    heads: as in `KVCache`.
+  """
+
+  layers: tuple[LayerCache, ...]
+  heads: dict[int, LayerCache]
+
+
+@decode_jit(static=(), donated=('state',))
+def insert_row(
+  state: DecodeState, row: DecodeState, slot: jax.Array | int, requests: Requests
+) -> DecodeState:
+  """`state` with `row` (a state of one row, prefilled) in row `slot`; `state` is donated.
+
+  Args:
+    state: all slots.
+    row: as many columns, and of the same plan; it stays, for further samples of its prompt.
+    slot: traced.
+    requests: settings of the one row, in place of those of `row`.
+  """
+  row = dataclasses.replace(row, requests=requests)
+
+  def put(into: jax.Array, one: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, jnp.asarray(one, into.dtype), slot, axis=0)
+
+  return jax.tree.map(put, state, row)
+
+
+@decode_jit(static=(), donated=('state',))
+def release_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
+  """`state` with the marked rows (bool `[rows]`) ended where they are; `state` is donated."""
+  return dataclasses.replace(state, done=state.done | rows)
+
+
+@decode_jit(static=('width',), donated=())
+def read_gains(state: DecodeState, seen: jax.Array, *, width: int) -> Gains:
+  """Each row's generated tokens number `seen` (i32 `[rows]`) to `seen + width - 1`."""
+  column = (state.prompt_length + seen)[:, None] + jnp.arange(width)
+
+  def window(array: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(array, column, axis=1, mode='clip')
+
+  return Gains(
+    tokens=window(state.tokens),
+    exit_layer=window(state.aux.exit_layer),
+    confidence=window(state.aux.confidence),
+    step=state.step,
+    done=state.done,
+    stop_reason=state.stop_reason,
+  )
+
+
+@decode_jit(static=('chunk',), donated=())
+def read_chunk(state: DecodeState, first: jax.Array | int, *, chunk: int) -> CacheChunk:
+  """What the first row has cached in columns `first` to `first + chunk - 1`, in every layer."""
+
+  def cut(array: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array[:1], first, chunk, axis=2)
+
+  cache = state.cache
+  return CacheChunk(
+    layers=jax.tree.map(cut, cache.layers), heads=jax.tree.map(cut, cache.heads)
+  )
+
+
+@decode_jit(static=(), donated=('state',))
+def write_chunk(state: DecodeState, chunk: CacheChunk, first: jax.Array | int) -> DecodeState:
+  """A state of one row with a chunk cached at `first`, as if prefilled there; `state` is donated.
+
+  The chunk's tokens, and all before them, must be those of the row.
+  """
+  width = chunk.layers[0].key.shape[2]
+
+  def put(into: jax.Array, part: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, part, first, axis=2)
+
+  cache = state.cache
+  column = jnp.arange(cache.columns.valid.shape[1])
+  here = (column >= first) & (column < first + width)
+  columns = KeyColumns(
+    position=jnp.where(here, column, cache.columns.position),
+    valid=cache.columns.valid | here,
+  )
+  return dataclasses.replace(
+    state,
+    cache=KVCache(
+      layers=jax.tree.map(put, cache.layers, chunk.layers),
+      heads=jax.tree.map(put, cache.heads, chunk.heads),
+      columns=columns,
+    ),
+    fill=jnp.full_like(state.fill, first + width),
+  )

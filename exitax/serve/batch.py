@@ -1,0 +1,248 @@
+"""The arrays of the engine: slots, prefill of one row, and what is read back. One thread owns it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from exitax.decode import (
+  CacheChunk,
+  Causal,
+  DecodeState,
+  ExitPlan,
+  Gains,
+  Requests,
+  init_state,
+  insert_row,
+  prefill_chunk,
+  read_chunk,
+  read_gains,
+  release_rows,
+  run_steps,
+  write_chunk,
+)
+from exitax.decode.state import NO_TOKEN
+from exitax.models import ExitLM, Params
+from exitax.serve.jobs import Job
+from exitax.serve.prefix_cache import PrefixCache
+
+# Widths of the windows in which prompts are prefilled: a prompt's last one is the smallest that
+# holds what is left.
+WINDOWS = (16, 32, 64, 128)
+# Tokens of a prompt that are kept or forgotten together.
+PREFIX_CHUNK = 32
+# Ids that can end a row, at most.
+NUM_STOPS = 4
+
+
+@dataclasses.dataclass(kw_only=True)
+class Prefill:
+  """A prompt on its way into the cache, in a state of one row.
+
+  Attributes:
+    job: what it is for.
+    state: the row.
+    filled: tokens cached.
+    cached: how many of them came from the prefix cache.
+    num_inserted: samples that have left for a slot.
+  """
+
+  job: Job
+  state: DecodeState
+  filled: int
+  cached: int
+  num_inserted: int = 0
+
+  @property
+  def ready(self) -> bool:
+    """Whether all of the prompt is cached but its last token, which the first step feeds."""
+    return self.filled >= len(self.job.prompt) - 1
+
+
+class SlotBatch:
+  """Rows that requests take and leave. Every program has one shape, see `programs`."""
+
+  def __init__(
+    self,
+    model: ExitLM,
+    params: Params,
+    *,
+    plan: ExitPlan,
+    num_slots: int,
+    capacity: int,
+    prefix_bytes: int,
+    max_gain: int,
+  ) -> None:
+    """Allocates the slots.
+
+    Args:
+      model: the model.
+      params: parameters after `prepare_params`.
+      plan: what the state is laid out for.
+      num_slots: rows.
+      capacity: tokens of a row at most, prompt included.
+      prefix_bytes: what the prefix cache may hold.
+      max_gain: tokens per row that are read back at once.
+    """
+    self._model, self._params, self._plan = model, params, plan
+    self._visibility = Causal(model.config.sliding_window)
+    overhang = max(plan.pending_capacity - 2, 0)
+    self.columns = -(-(capacity + overhang) // WINDOWS[0]) * WINDOWS[0]
+    self.num_slots, self._max_gain = num_slots, max_gain
+    self._state = self._empty(num_slots)
+    cache = self._state.cache
+    sizes = (leaf.nbytes for leaf in jax.tree.leaves((cache.layers, cache.heads)))
+    self.cache_bytes = sum(sizes)
+    self.prefixes: PrefixCache[CacheChunk] = PrefixCache(
+      chunk=PREFIX_CHUNK,
+      chunk_bytes=self.cache_bytes * PREFIX_CHUNK // (num_slots * self.columns),
+      max_bytes=prefix_bytes,
+    )
+
+  # Prompts.
+
+  def begin(self, job: Job) -> Prefill:
+    """Starts on a prompt, with what is known of its beginning."""
+    tokens = np.zeros((1, self.columns), np.int32)
+    tokens[0, : len(job.prompt)] = job.prompt
+    state = init_state(
+      self._model.config,
+      self._plan,
+      tokens=tokens,
+      prompt_length=np.asarray([len(job.prompt)], np.int32),
+      requests=self._requests(job, job.seeds[0]),
+    )
+    chunks = self.prefixes.find(job.prompt[:-1])
+    for i, chunk in enumerate(chunks):
+      state = write_chunk(state, chunk, np.int32(i * PREFIX_CHUNK))
+    cached = len(chunks) * PREFIX_CHUNK
+    return Prefill(job=job, state=state, filled=cached, cached=cached)
+
+  def advance(self, prefill: Prefill) -> int:
+    """Caches one window of the prompt; returns its width."""
+    left = len(prefill.job.prompt) - 1 - prefill.filled
+    width = window_at(prefill.filled, left, columns=self.columns)
+    prefill.state = prefill_chunk(
+      self._model, self._params, prefill.state, chunk=width, visibility=self._visibility
+    )
+    jax.block_until_ready(prefill.state.fill)
+    prefill.filled += min(width, left)
+    if prefill.ready:
+      self.prefixes.store(
+        prefill.job.prompt[:-1],
+        lambda number: read_chunk(
+          prefill.state, np.int32(number * PREFIX_CHUNK), chunk=PREFIX_CHUNK
+        ),
+      )
+    return width
+
+  def insert(self, prefill: Prefill, slot: int) -> int:
+    """Copies the prompt into a slot for its next sample; returns the sample's number."""
+    sample = prefill.num_inserted
+    requests = self._requests(prefill.job, prefill.job.seeds[sample])
+    self._state = insert_row(self._state, prefill.state, np.int32(slot), requests)
+    prefill.num_inserted += 1
+    return sample
+
+  # Rows.
+
+  def release(self, slots: Iterable[int]) -> None:
+    """Ends the rows in these slots."""
+    self._state = release_rows(self._state, self._mask(slots))
+
+  def run(self, plan: ExitPlan, num_steps: int) -> None:
+    """Advances the rows."""
+    self._state = run_steps(
+      self._model,
+      self._params,
+      self._state,
+      np.int32(num_steps),
+      plan=plan,
+      visibility=self._visibility,
+    )
+
+  def gains(self, seen: np.ndarray) -> Gains:
+    """What rows have gained beyond `seen` (i32 `[slots]`) tokens, on the host."""
+    return jax.device_get(read_gains(self._state, seen, width=self._max_gain))
+
+  def reset(self) -> None:
+    """Empties all slots and forgets all prefixes, after a fault."""
+    self.prefixes.clear()
+    self._state = self._empty(self.num_slots)
+
+  def programs(self, plans: Iterable[ExitPlan]) -> list[Callable[[], object]]:
+    """Calls, in this order, that compile everything serving runs; all slots are free afterwards."""
+    thresholds = (1.0,) * len(self._plan.exits)
+    prefill = self.begin(Job(prompt=(0, 0), budget=1, strategy='', thresholds=thresholds))
+
+    def prefill_window(width: int) -> None:
+      prefill.state = prefill_chunk(
+        self._model, self._params, prefill.state, chunk=width, visibility=self._visibility
+      )
+
+    def copy_chunk() -> None:
+      chunk = read_chunk(prefill.state, np.int32(0), chunk=PREFIX_CHUNK)
+      prefill.state = write_chunk(prefill.state, chunk, np.int32(0))
+
+    calls = [
+      *(functools.partial(prefill_window, width) for width in WINDOWS if width <= self.columns),
+      copy_chunk,
+      functools.partial(self.insert, prefill, 0),
+      *(functools.partial(self.run, plan, 1) for plan in dict.fromkeys(plans)),
+      functools.partial(self.gains, np.zeros(self.num_slots, np.int32)),
+      functools.partial(self.release, range(self.num_slots)),
+    ]
+    # Twice: what comes out of a program may lie on the devices in another way than what began.
+    return calls * 2
+
+  def _empty(self, rows: int) -> DecodeState:
+    exits = len(self._plan.exits)
+    requests = Requests(
+      seed=np.zeros(rows, np.uint32),
+      temperature=np.zeros(rows, np.float32),
+      top_k=np.zeros(rows, np.int32),
+      top_p=np.ones(rows, np.float32),
+      min_p=np.zeros(rows, np.float32),
+      stop_tokens=np.full((rows, NUM_STOPS), NO_TOKEN, np.int32),
+      budget=np.zeros(rows, np.int32),
+      thresholds=np.ones((rows, exits), np.float32),
+    )
+    return init_state(
+      self._model.config,
+      self._plan,
+      tokens=np.zeros((rows, self.columns), np.int32),
+      prompt_length=np.zeros(rows, np.int32),
+      requests=requests,
+    )
+
+  def _requests(self, job: Job, seed: int) -> Requests:
+    stops = [*job.stop_tokens, *[NO_TOKEN] * (NUM_STOPS - len(job.stop_tokens))]
+    return Requests(
+      seed=np.asarray([seed & 0xFFFFFFFF], np.uint32),
+      temperature=np.asarray([job.sampler.temperature], np.float32),
+      top_k=np.asarray([job.sampler.top_k], np.int32),
+      top_p=np.asarray([job.sampler.top_p], np.float32),
+      min_p=np.asarray([job.sampler.min_p], np.float32),
+      stop_tokens=np.asarray([stops], np.int32),
+      budget=np.asarray([job.budget], np.int32),
+      thresholds=np.asarray([job.thresholds], np.float32).reshape(1, -1),
+    )
+
+  def _mask(self, slots: Iterable[int]) -> np.ndarray:
+    mask = np.zeros(self.num_slots, bool)
+    mask[list(slots)] = True
+    return mask
+
+
+def window_at(filled: int, left: int, *, columns: int) -> int:
+  """Width of the next window of a prompt of which `filled` tokens are cached and `left` are not.
+
+  The smallest of `WINDOWS` that holds what is left, or the largest, among those that start at a
+  multiple of themselves and end within `columns`, a multiple of the smallest.
+  """
+  fitting = [w for w in WINDOWS if filled % w == 0 and filled + w <= columns]
+  return next((width for width in fitting if width >= left), fitting[-1])

@@ -1,0 +1,84 @@
+"""From a loaded model to a service, with its programs compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from exitax.checkpoint import LoadedModel
+from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
+from exitax.data import Progress, quiet
+from exitax.decode import prepare_params
+from exitax.serve.admission import WaitingRoom
+from exitax.serve.batch import SlotBatch
+from exitax.serve.chat import load_chat_template
+from exitax.serve.config import ServeConfig
+from exitax.serve.engine import MAX_STEPS, Engine
+from exitax.serve.metrics import Metrics
+from exitax.serve.service import Service
+from exitax.serve.strategies import Strategies
+
+Ambient = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def build_service(
+  loaded: LoadedModel,
+  config: ServeConfig,
+  *,
+  ambient: Ambient = contextlib.nullcontext,
+  progress: Progress = quiet,
+) -> Service:
+  """Allocates the cache, compiles, and puts the parts together; the engine is not started.
+
+  Args:
+    loaded: model, parameters, tokenizer.
+    config: settings.
+    ambient: the mesh to work on; entered here and by the engine's thread.
+    progress: shows the compilation.
+
+  Raises:
+    UserError: settings that do not suit the model.
+  """
+  model_config = loaded.model.config
+  context = config.context(model_config.max_length)
+  strategies = Strategies(
+    model_config,
+    confidence=config.confidence,
+    default=config.strategy,
+    threshold=config.threshold,
+  )
+  template = load_chat_template(
+    config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
+  )
+  metrics = Metrics()
+  with ambient():
+    batch = SlotBatch(
+      loaded.model,
+      prepare_params(loaded.model, loaded.params),
+      plan=strategies.state_plan,
+      num_slots=config.num_slots,
+      capacity=context,
+      prefix_bytes=config.prefix_cache_bytes,
+      max_gain=MAX_STEPS,
+    )
+    programs = batch.programs(strategies.plans.values())
+    for compile_program in progress(programs, total=len(programs), label='compiling'):
+      compile_program()
+  engine = Engine(
+    batch,
+    plans=strategies.plans,
+    room=WaitingRoom(capacity=config.max_queue, queue_timeout=config.queue_timeout),
+    metrics=metrics,
+    request_timeout=config.request_timeout,
+    ambient=ambient,
+  )
+  return Service(
+    name=loaded.directory.resolve().name,
+    tokenizer=loaded.tokenizer,
+    vocab_size=model_config.vocab_size,
+    context=context,
+    strategies=strategies,
+    template=template,
+    engine=engine,
+    metrics=metrics,
+  )

@@ -1,0 +1,66 @@
+"""What a server is told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from exitax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+  """Settings of a server: bound in gin, each field also a flag of `exitax serve`.
+
+  Attributes:
+    host: address to bind to; loopback, so that only this machine can ask.
+    port: 0 takes any that is free.
+    num_slots: sequences decoded at once; each has its own rows in the cache.
+    capacity: tokens of prompt and answer together at most; 0 takes the model's context.
+    max_queue: prompts that may wait for a slot; more are refused (429).
+    queue_timeout: seconds that a prompt waits at most (503).
+    request_timeout: seconds from arrival to the last token at most (503).
+    drain_timeout: seconds that running answers get to finish when the server is told to stop.
+    strategy: for requests that name none: 'full' or 'deferred'.
+    threshold: for requests that exit early and name none; one number, or one per exit.
+    confidence: 'max_prob', 'margin' or 'entropy'; compiled, so the same for all requests.
+    prefix_cache_bytes: kept of prompts seen before; 0 keeps nothing.
+    chat_template: a Jinja file, in place of the tokenizer's own template.
+  """
+
+  host: str = '127.0.0.1'
+  port: int = 8000
+  num_slots: int = 8
+  capacity: int = 0
+  max_queue: int = 64
+  queue_timeout: float = 30.0
+  request_timeout: float = 300.0
+  drain_timeout: float = 30.0
+  strategy: str | None = None
+  threshold: float | tuple[float, ...] | None = None
+  confidence: str = 'max_prob'
+  prefix_cache_bytes: int = 256 << 20
+  chat_template: str | None = None
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.port <= 65535:
+      raise UserError(f'port={self.port} is outside 0 to 65535 (0 takes any that is free)')
+    if self.num_slots < 1:
+      raise UserError(f'num_slots={self.num_slots} must be at least 1')
+    for name in ('capacity', 'max_queue', 'drain_timeout', 'prefix_cache_bytes'):
+      if getattr(self, name) < 0:
+        raise UserError(f'{name}={getattr(self, name)} must be at least 0')
+    for name in ('queue_timeout', 'request_timeout'):
+      if not getattr(self, name) > 0:
+        raise UserError(f'{name}={getattr(self, name)} must be above 0, in seconds')
+
+  def context(self, max_length: int) -> int:
+    """Tokens of prompt and answer together, for a model with a context of `max_length`.
+
+    Raises:
+      UserError: more than the model's context, or too few to be of use.
+    """
+    if self.capacity > max_length:
+      raise UserError(f'capacity={self.capacity} exceeds the context of the model, {max_length}')
+    if self.capacity == 1:
+      raise UserError('capacity=1 leaves no token to generate: give at least 2, or 0')
+    return self.capacity or max_length

@@ -1,0 +1,294 @@
+"""Continuous batching: requests join and leave the running batch between steps.
+
+One thread owns all arrays and does turn after turn: drop what nobody wants, take prompts in, run
+a few steps, hand out what rows have gained. Everything else talks to it through `submit` and tickets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from exitax.decode import ExitPlan, Gains, StopReason
+from exitax.serve.admission import WaitingRoom, refuse_all
+from exitax.serve.batch import WINDOWS, Prefill, SlotBatch
+from exitax.serve.jobs import Deliver, Gain, Job, Ticket
+from exitax.serve.metrics import Metrics, Occupancy
+from exitax.serve.refusals import Refusal, unavailable
+
+_log = logging.getLogger(__name__)
+
+# Steps between two looks at the outside: as many as fit in this time, MAX_STEPS at most.
+TURN_SECONDS = 0.02
+MAX_STEPS = 8
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Slot:
+  """A row in use.
+
+  Attributes:
+    ticket: the request.
+    job: the prompt.
+    choice: which sample of the request.
+    seen: tokens handed out.
+    cached: tokens of the prompt from the prefix cache, until told.
+    last_gain: when, on the engine's clock.
+  """
+
+  ticket: Ticket
+  job: Job
+  choice: int
+  cached: int
+  seen: int = 0
+  last_gain: float = 0.0
+
+
+class Engine:
+  """Runs jobs on the slots of a batch."""
+
+  def __init__(
+    self,
+    batch: SlotBatch,
+    *,
+    plans: dict[str, ExitPlan],
+    room: WaitingRoom,
+    metrics: Metrics,
+    request_timeout: float,
+    ambient: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    clock: Callable[[], float] = time.monotonic,
+  ) -> None:
+    """Takes its parts; `start` begins to work.
+
+    Args:
+      batch: the arrays.
+      plans: strategies by name.
+      room: the queue.
+      metrics: what is counted.
+      request_timeout: seconds from arrival to the last token.
+      ambient: entered by the engine's thread (the mesh).
+      clock: seconds.
+    """
+    self._batch, self._plans, self._room, self._metrics = batch, plans, room, metrics
+    self._request_timeout, self._ambient, self._clock = request_timeout, ambient, clock
+    self._slots: list[_Slot | None] = [None] * batch.num_slots
+    self._held: tuple[Ticket, Prefill] | None = None
+    self._step_seconds = TURN_SECONDS
+    self._wake = threading.Event()
+    self._refuses: Refusal | None = None
+    self._stopping = False
+    self._thread = threading.Thread(target=self._work, name='exitax-engine', daemon=True)
+
+  # Any thread.
+
+  def submit(self, jobs: Sequence[Job], deliver: Deliver) -> Ticket:
+    """Queues the jobs of one request.
+
+    Args:
+      jobs: prompts that fit the capacity, with strategies and thresholds that are checked.
+      deliver: called by the engine's thread with each event; must not block.
+
+    Raises:
+      Refusal: 429, the queue is full; 503, the engine is leaving.
+    """
+    if self._refuses:
+      raise self._refuses
+    ticket = Ticket(jobs, deliver, now=self._clock())
+    self._room.enter(ticket, free_slots=self._slots.count(None))
+    self._wake.set()
+    return ticket
+
+  def start(self) -> None:
+    """Starts the thread."""
+    self._thread.start()
+
+  def drain(self) -> None:
+    """Takes no more requests; those taken go on."""
+    self._refuses = unavailable('the server is shutting down', code='draining')
+
+  def stop(self) -> None:
+    """Ends the thread; what was still running is refused."""
+    self.drain()
+    self._stopping = True
+    self._wake.set()
+    if self._thread.is_alive():
+      self._thread.join()
+
+  @property
+  def draining(self) -> bool:
+    """Whether new requests are refused."""
+    return self._refuses is not None
+
+  @property
+  def idle(self) -> bool:
+    """Whether there is nothing to do."""
+    return not (len(self._room) or self._held or any(self._slots))
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of all slots."""
+    return self._batch.cache_bytes
+
+  def occupancy(self) -> Occupancy:
+    """How full it is right now."""
+    used = [slot for slot in tuple(self._slots) if slot]
+    return Occupancy(
+      slots=len(self._slots),
+      slots_used=len(used),
+      columns=len(self._slots) * self._batch.columns,
+      columns_used=sum(len(slot.job.prompt) + slot.seen for slot in used),
+      waiting=len(self._room),
+      prefix_bytes=self._batch.prefixes.num_bytes,
+    )
+
+  # The engine's thread.
+
+  def turn(self) -> bool:
+    """Does one round of work; False if there was none."""
+    self._drop_unwanted()
+    self._admit()
+    if not any(self._slots):
+      return self._held is not None
+    self._run()
+    return True
+
+  def _work(self) -> None:
+    with self._ambient():
+      while not self._stopping:
+        self._wake.clear()
+        try:
+          worked = self.turn()
+        except Exception:
+          _log.exception('the engine failed; what was running is refused, and it starts anew')
+          self._fail(unavailable('the engine failed and starts anew', code='engine_failed'))
+          worked = False
+        if not worked:
+          self._wake.wait()
+      self._fail(unavailable('the server is shutting down', code='draining'))
+
+  def _drop_unwanted(self) -> None:
+    """Ends what has expired, and frees what nobody wants."""
+    now = self._clock()
+    late = unavailable('no slot became free in time: try again later', code='queue_timeout')
+    refuse_all(self._room.expire(now), late)
+    running = {id(slot.ticket): slot.ticket for slot in self._slots if slot}
+    if self._held:
+      running[id(self._held[0])] = self._held[0]
+    limit = self._request_timeout
+    expired = [t for t in running.values() if not t.cancelled and now - t.submitted > limit]
+    late = unavailable(f'not finished after {limit:g} s: ask for less', code='request_timeout')
+    refuse_all(expired, late)
+    for ticket in expired:
+      self._room.leave(ticket)
+    if self._held and self._held[0].cancelled:
+      self._held = None
+    unwanted = [
+      number
+      for number, slot in enumerate(self._slots)
+      if slot and not slot.ticket.wants(slot.choice)
+    ]
+    if unwanted:
+      self._batch.release(unwanted)
+      for number in unwanted:
+        self._slots[number] = None
+
+  def _admit(self) -> None:
+    """Prefills and inserts: one window of prompt tokens while rows run, as needed while none does."""
+    lanes = WINDOWS[-1]
+    while lanes > 0 or not any(self._slots):
+      if not self._held:
+        taken = self._room.take()
+        if not taken:
+          return
+        ticket, job = taken
+        self._held = ticket, self._batch.begin(job)
+        self._metrics.prompt_tokens.inc(len(job.prompt))
+        self._metrics.prefix_hits.inc(self._held[1].cached)
+      ticket, prefill = self._held
+      if not prefill.ready:
+        lanes -= self._batch.advance(prefill)
+      elif None in self._slots:
+        lanes -= WINDOWS[0]
+        self._join(ticket, prefill, self._slots.index(None))
+      else:
+        return
+
+  def _join(self, ticket: Ticket, prefill: Prefill, number: int) -> None:
+    choice = prefill.job.first_choice + prefill.num_inserted
+    self._batch.insert(prefill, number)
+    self._slots[number] = _Slot(
+      ticket=ticket,
+      job=prefill.job,
+      choice=choice,
+      cached=prefill.cached,
+      last_gain=ticket.submitted,
+    )
+    if prefill.num_inserted == len(prefill.job.seeds):
+      self._held = None
+
+  def _run(self) -> None:
+    """Some steps for every row, and what they gained."""
+    start = self._clock()
+    num_steps = int(np.clip(TURN_SECONDS / self._step_seconds, 1, MAX_STEPS))
+    for plan in self._plans_in_use():
+      self._batch.run(plan, num_steps)
+    seen = np.asarray([slot.seen if slot else 0 for slot in self._slots], np.int32)
+    gains = self._batch.gains(seen)
+    now = self._clock()
+    self._step_seconds += 0.2 * ((now - start) / num_steps - self._step_seconds)
+    for number, slot in enumerate(self._slots):
+      if slot:
+        self._hand_out(number, slot, gains, now)
+
+  def _plans_in_use(self) -> Iterable[ExitPlan]:
+    return dict.fromkeys(self._plans[slot.job.strategy] for slot in self._slots if slot)
+
+  def _hand_out(self, number: int, slot: _Slot, gains: Gains, now: float) -> None:
+    count = int(gains.step[number]) - slot.seen
+    reason = StopReason(int(gains.stop_reason[number]))
+    gain = Gain(
+      choice=slot.choice,
+      tokens=gains.tokens[number, :count].tolist(),
+      exit_layers=gains.exit_layer[number, :count].tolist(),
+      confidences=gains.confidence[number, :count].tolist(),
+      stop_reason=reason,
+      cached_tokens=slot.cached,
+    )
+    self._count(slot, gain, now)
+    slot.seen += count
+    if reason is not StopReason.RUNNING:
+      self._slots[number] = None
+    if slot.ticket.wants(slot.choice):
+      slot.ticket.deliver(gain)
+
+  def _count(self, slot: _Slot, gain: Gain, now: float) -> None:
+    metrics, count = self._metrics, len(gain.tokens)
+    metrics.generated_tokens.inc(count)
+    for layer in gain.exit_layers:
+      metrics.exit_tokens.labels(layer).inc()
+    if count and not slot.ticket.first_token_seen:
+      slot.ticket.first_token_seen = True
+      metrics.first_token.observe(now - slot.ticket.submitted)
+    elif count and slot.seen:
+      for _ in range(count):
+        metrics.per_token.observe((now - slot.last_gain) / count)
+    slot.last_gain = now
+
+  def _fail(self, refusal: Refusal) -> None:
+    """Refuses everything taken so far and empties the slots."""
+    tickets = [slot.ticket for slot in self._slots if slot]
+    if self._held:
+      tickets.append(self._held[0])
+    tickets += self._room.clear()
+    unique = {id(ticket): ticket for ticket in tickets if not ticket.cancelled}
+    self._slots = [None] * len(self._slots)
+    self._held = None
+    refuse_all(list(unique.values()), refusal)
+    if not self._stopping:
+      self._batch.reset()

@@ -1,0 +1,104 @@
+"""What the engine is asked to do and what it reports: plain values, no HTTP and no arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from exitax.decode import Sampler, StopReason
+from exitax.serve.refusals import Refusal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """One prompt, prefilled once, and the samples that continue it.
+
+  Attributes:
+    prompt: token ids, at least one.
+    seeds: one per sample.
+    first_choice: number of the first sample among all of the request.
+    budget: tokens per sample at most.
+    sampler: how tokens are chosen.
+    stop_tokens: ids that end a sample.
+    strategy: name of an entry of `Strategies`.
+    thresholds: one per exit of the plan.
+  """
+
+  prompt: tuple[int, ...]
+  seeds: tuple[int, ...] = (0,)
+  first_choice: int = 0
+  budget: int
+  sampler: Sampler = Sampler()
+  stop_tokens: tuple[int, ...] = ()
+  strategy: str
+  thresholds: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gain:
+  """What one sample has gained since its last gain.
+
+  Attributes:
+    choice: which sample.
+    tokens: ids.
+    exit_layers: layers run for each.
+    confidences: at the exit that chose each.
+    stop_reason: RUNNING unless this is the last gain.
+    cached_tokens: tokens of the prompt that the prefix cache had.
+  """
+
+  choice: int
+  tokens: list[int]
+  exit_layers: list[int]
+  confidences: list[float]
+  stop_reason: StopReason
+  cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+  """The request ends here, with what to answer."""
+
+  refusal: Refusal
+
+
+Event = Gain | Failure
+Deliver = Callable[[Event], None]
+
+
+class Ticket:
+  """A request at the engine: its jobs, where its events go, and whether somebody still listens.
+
+  `cancel` and `stop` may be called from any thread; the engine acts on them before its next step.
+  """
+
+  def __init__(self, jobs: Sequence[Job], deliver: Deliver, *, now: float) -> None:
+    self.jobs = tuple(jobs)
+    self.deliver = deliver
+    self.submitted = now
+    self.started = False
+    self.first_token_seen = False
+    self._ended: set[int] = set()
+    self._cancelled = False
+
+  def cancel(self) -> None:
+    """Nobody listens any more."""
+    self._cancelled = True
+
+  def stop(self, choice: int) -> None:
+    """The choice has all that it needs, such as the text before a stop string."""
+    self._ended.add(choice)
+
+  def wants(self, choice: int) -> bool:
+    """Whether the choice should go on."""
+    return not self._cancelled and choice not in self._ended
+
+  @property
+  def cancelled(self) -> bool:
+    """Whether `cancel` was called."""
+    return self._cancelled
+
+  @property
+  def num_choices(self) -> int:
+    """Samples of all jobs."""
+    return sum(len(job.seeds) for job in self.jobs)

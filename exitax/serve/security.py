@@ -1,0 +1,53 @@
+"""Who may ask: an API key, and for a server on loopback the names by which one reaches it."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+
+from exitax.serve.refusals import Refusal
+
+_LOCAL_NAMES = frozenset({'localhost', 'testserver'})
+
+
+def check_key(authorization: str | None, *, api_key: str | None) -> None:
+  """Compares `Authorization: Bearer KEY` in constant time.
+
+  Raises:
+    Refusal: 401, the key is missing or another.
+  """
+  if api_key is None:
+    return
+  scheme, _, given = (authorization or '').partition(' ')
+  matches = hmac.compare_digest(given.strip().encode(), api_key.encode())
+  if scheme.lower() != 'bearer' or not matches:
+    raise Refusal(
+      401,
+      'this server asks for its API key: send the header "Authorization: Bearer KEY"',
+      code='invalid_api_key',
+    )
+
+
+def is_loopback(host: str) -> bool:
+  """Whether only this machine can reach an address."""
+  if host == 'localhost':
+    return True
+  try:
+    return ipaddress.ip_address(host.strip('[]')).is_loopback
+  except ValueError:
+    return False
+
+
+def check_host(header: str | None, *, bound_to: str) -> None:
+  """Refuses names of other hosts on loopback: a web page elsewhere may point its name at us.
+
+  Raises:
+    Refusal: 421.
+  """
+  if header is None or not is_loopback(bound_to):
+    return
+  name = header.rpartition(':')[0] if header.rpartition(':')[2].isdigit() else header
+  if name.lower() not in _LOCAL_NAMES and not is_loopback(name):
+    raise Refusal(
+      421, 'this server listens on loopback only: call it 127.0.0.1 or localhost', code='wrong_host'
+    )

@@ -1,0 +1,223 @@
+"""From requests to jobs for the engine: tokens, budgets, seeds, exits, all checked before they queue."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+
+from exitax.data import Tokenizer, encode_prompt, start_id
+from exitax.decode import Sampler
+from exitax.errors import UserError
+from exitax.serve.chat import ChatTemplate
+from exitax.serve.engine import Engine
+from exitax.serve.jobs import Job
+from exitax.serve.metrics import Metrics
+from exitax.serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
+from exitax.serve.refusals import Refusal, bad_request
+from exitax.serve.strategies import Strategies
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions.
+# Scores divided by less than this would overflow: the limit is greedy.
+_COLDEST = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """A request that can be run.
+
+  Attributes:
+    jobs: one per prompt.
+    stops: stop strings.
+    echoes: text that comes before each choice.
+  """
+
+  jobs: tuple[Job, ...]
+  stops: tuple[str, ...]
+  echoes: tuple[str, ...]
+
+  @property
+  def prompt_tokens(self) -> int:
+    """Tokens of all prompts."""
+    return sum(len(job.prompt) for job in self.jobs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Service:
+  """Everything that answers are made of.
+
+  Attributes:
+    name: of the model.
+    tokenizer: the model's.
+    vocab_size: ids that the model knows.
+    context: tokens of prompt and answer together.
+    strategies: what can be asked of exits.
+    template: for chats.
+    engine: what runs jobs.
+    metrics: what is counted.
+  """
+
+  name: str
+  tokenizer: Tokenizer
+  vocab_size: int
+  context: int
+  strategies: Strategies
+  template: ChatTemplate
+  engine: Engine
+  metrics: Metrics
+
+  def completion(self, request: CompletionRequest) -> Work:
+    """What a completion request asks for.
+
+    Raises:
+      Refusal: 400, 404 or 422 with the reason.
+    """
+    if request.best_of not in (None, request.n or 1):
+      raise bad_request('best_of must equal n: all samples are returned', param='best_of')
+    prompts = self._prompts(request)
+    echoes = [text for text, _ in prompts] if request.echo else [''] * len(prompts)
+    default = DEFAULT_MAX_TOKENS
+    return self._work(
+      request,
+      [ids for _, ids in prompts],
+      echoes=echoes,
+      max_tokens=request.max_tokens or default,
+      stops=request.stop_strings,
+    )
+
+  def chat(self, request: ChatRequest) -> Work:
+    """What a chat request asks for.
+
+    Raises:
+      Refusal: 400, 404 or 422 with the reason.
+    """
+    if request.max_tokens and request.max_completion_tokens not in (None, request.max_tokens):
+      raise bad_request(
+        'max_tokens and max_completion_tokens differ: give one', param='max_completion_tokens'
+      )
+    if request.top_logprobs and not request.logprobs:
+      raise bad_request('top_logprobs needs logprobs=true', param='top_logprobs')
+    text = self.template.render([message.for_template() for message in request.messages])
+    ids = self._encode(text, param='messages')
+    # Templates of models that have a start token write it themselves.
+    start = start_id(self.tokenizer)
+    prompt = ids if ids[:1] == [start] else [start, *ids]
+    wanted = request.max_completion_tokens or request.max_tokens
+    return self._work(
+      request,
+      [prompt],
+      echoes=[''],
+      max_tokens=wanted or max(self.context - len(prompt), 1),
+      stops=(*request.stop_strings, *self.template.stops),
+    )
+
+  def _prompts(self, request: CompletionRequest) -> list[tuple[str, list[int]]]:
+    """Each prompt's text, decoded only if it is to be echoed, and its ids."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+      several: Sequence[str | int | list[int]] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+      several = [[int(token) for token in prompt if isinstance(token, int)]]
+    else:
+      several = prompt
+    if not several:
+      raise bad_request('prompt is an empty list: give at least one prompt', param='prompt')
+    if len(several) * (request.n or 1) > MAX_CHOICES:
+      raise bad_request(
+        f'{len(several)} prompts with n={request.n or 1} are more than {MAX_CHOICES} choices: '
+        'send them in several requests',
+        param='prompt',
+      )
+    found = []
+    for item in several:
+      if isinstance(item, str):
+        found.append((item, self._encode(item, param='prompt', start=True)))
+      else:
+        ids = list(item) if isinstance(item, list) else [item]
+        self._check_ids(ids)
+        found.append((self.tokenizer.decode(ids) if request.echo else '', ids))
+    return found
+
+  def _work(
+    self,
+    request: GenerationRequest,
+    prompts: Sequence[list[int]],
+    *,
+    echoes: Sequence[str],
+    max_tokens: int,
+    stops: tuple[str, ...],
+  ) -> Work:
+    self._check_model(request.model)
+    chosen = self.strategies.choose(
+      strategy=request.strategy,
+      threshold=request.threshold,
+      confidence=request.confidence,
+      use_early_exit=request.use_early_exit,
+    )
+    for prompt in prompts:
+      self._check_length(len(prompt), max_tokens)
+    samples = request.n or 1
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    stop_tokens = () if request.ignore_eos else (self.tokenizer.eos_id,)
+    jobs = tuple(
+      Job(
+        prompt=tuple(prompt),
+        seeds=tuple(seed + number * samples + i for i in range(samples)),
+        first_choice=number * samples,
+        budget=max_tokens,
+        sampler=_sampler(request),
+        stop_tokens=stop_tokens,
+        strategy=chosen.strategy,
+        thresholds=chosen.thresholds,
+      )
+      for number, prompt in enumerate(prompts)
+    )
+    return Work(
+      jobs=jobs, stops=stops, echoes=tuple(echo for echo in echoes for _ in range(samples))
+    )
+
+  def _encode(self, text: str, *, param: str, start: bool = False) -> list[int]:
+    try:
+      return encode_prompt(self.tokenizer, text) if start else self.tokenizer.encode(text)
+    except UserError as error:
+      raise bad_request(str(error), param=param) from None
+
+  def _check_ids(self, ids: Sequence[int]) -> None:
+    if not ids:
+      raise bad_request('a prompt of token ids is empty: give at least one', param='prompt')
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= self.vocab_size:
+      raise bad_request(
+        f'token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}',
+        param='prompt',
+      )
+
+  def _check_model(self, name: str | None) -> None:
+    if name not in (None, self.name):
+      raise Refusal(
+        404,
+        f'no model {name[:80]!r} here: this server has {self.name!r}',
+        param='model',
+        code='model_not_found',
+      )
+
+  def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+    if prompt_tokens + max_tokens > self.context:
+      raise bad_request(
+        f'a prompt of {prompt_tokens} tokens and {max_tokens} to generate exceed the context of '
+        f'{self.context}: shorten the prompt or ask for at most '
+        f'{max(self.context - prompt_tokens, 0)}',
+        param='prompt' if prompt_tokens >= self.context else 'max_tokens',
+        code='context_length_exceeded',
+      )
+
+
+def _sampler(request: GenerationRequest) -> Sampler:
+  """OpenAI's defaults: temperature 1, nothing filtered."""
+  temperature = 1.0 if request.temperature is None else request.temperature
+  return Sampler(
+    temperature=temperature if temperature >= _COLDEST else 0.0,
+    top_k=request.top_k or 0,
+    top_p=1.0 if request.top_p is None else request.top_p,
+    min_p=request.min_p or 0.0,
+  )
