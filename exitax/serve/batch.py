@@ -177,7 +177,8 @@ class SlotBatch:
   def programs(self, plans: Iterable[ExitPlan]) -> list[Callable[[], object]]:
     """Calls, in this order, that compile everything serving runs; all slots are free afterwards."""
     thresholds = (1.0,) * len(self._plan.exits)
-    prefill = self.begin(Job(prompt=(0, 0), budget=1, strategy='', thresholds=thresholds))
+    job = Job(prompt=(0, 0), seeds=(0, 0), budget=1, strategy='', thresholds=thresholds)
+    prefill = self.begin(job)
 
     def prefill_window(width: int) -> None:
       prefill.state = prefill_chunk(
