@@ -19,8 +19,6 @@ from exitax.models import ExitConfig, ExitLM, ModelConfig
 from exitax.serve import Service, ServeConfig, address_of, bind, build_service, create_app
 from exitax.serve.server import DrainingServer
 
-API_KEY = 'sesame'
-
 
 @dataclasses.dataclass(frozen=True)
 class Served:
@@ -47,10 +45,16 @@ class Served:
 @pytest.fixture(scope='session')
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
   """Bytes in, bytes out; exits after layers 1 and 2 of 3."""
-  return make_loaded(tmp_path_factory.mktemp('served') / 'tiny')
+  return _make_loaded(tmp_path_factory.mktemp('served') / 'tiny')
 
 
-def make_loaded(directory: Path, **changes) -> LoadedModel:
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., LoadedModel]:
+  """Models that differ from the tiny one in some fields of their configuration."""
+  return lambda **changes: _make_loaded(tmp_path / 'other', **changes)
+
+
+def _make_loaded(directory: Path, **changes) -> LoadedModel:
   """A random model as if it had been trained in `directory`."""
   config = ModelConfig(
     vocab_size=264,
@@ -84,9 +88,14 @@ def make_service(loaded: LoadedModel) -> Callable[..., Service]:
   return make
 
 
-@contextlib.contextmanager
-def serving(service: Service, *, api_key: str | None = None) -> Iterator[Served]:
+@pytest.fixture(scope='session')
+def serving() -> Callable[..., contextlib.AbstractContextManager[Served]]:
   """Runs a service in threads of this process."""
+  return _serving
+
+
+@contextlib.contextmanager
+def _serving(service: Service, *, api_key: str | None = None) -> Iterator[Served]:
   app = create_app(service, host='127.0.0.1', api_key=api_key)
   with bind('127.0.0.1', 0) as bound:
     url = address_of(bound)
@@ -107,5 +116,5 @@ def serving(service: Service, *, api_key: str | None = None) -> Iterator[Served]
 @pytest.fixture(scope='module')
 def served(make_service: Callable[..., Service]) -> Iterator[Served]:
   """One server for a file of tests."""
-  with serving(make_service()) as running:
+  with _serving(make_service()) as running:
     yield running

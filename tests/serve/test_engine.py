@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 from exitax import decode
 from exitax.checkpoint import LoadedModel
 from exitax.decode import DeferredExit, Sampler, StopReason
-from exitax.serve import Service
+from exitax.serve import ServeConfig, Service, build_service
+from exitax.serve.batch import window_at
 from exitax.serve.jobs import Failure, Gain, Job
 from exitax.serve.refusals import Refusal
 from exitax.serve.strategies import DEFERRED, FULL
@@ -318,8 +320,6 @@ def test_thresholds_of_one_never_exit(engine, loaded: LoadedModel):
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:
-  import time
-
   end = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < end
@@ -327,8 +327,6 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 
 
 def test_windows_of_a_prompt_stay_within_the_columns():
-  from exitax.serve.batch import window_at
-
   for columns in (16, 48, 112, 272):
     for length in range(1, columns):
       for start in range(0, length, 32):
@@ -340,13 +338,8 @@ def test_windows_of_a_prompt_stay_within_the_columns():
           filled += min(width, length - filled)
 
 
-def test_a_model_without_exits_is_served(tmp_path, request):
-  from tests.serve.conftest import make_loaded
-
-  del request
-  from exitax.serve import ServeConfig, build_service
-
-  plain = make_loaded(tmp_path / 'plain', exits=())
+def test_a_model_without_exits_is_served(make_model: Callable[..., LoadedModel]):
+  plain = make_model(exits=())
   service = build_service(plain, ServeConfig(num_slots=2))
   listener = Listener()
   wanted = job(thresholds=())
