@@ -110,7 +110,7 @@ def test_no_lock_file_is_tracked(tracked: list[Path]):
 
 def test_requirements_mirror_the_project(repository: Path, project: dict):
   extras = project['project']['optional-dependencies']
-  core = [*project['project']['dependencies'], *extras['tfds']]
+  core = [*project['project']['dependencies'], *extras['tfds'], *extras['serve']]
   assert parse_requirements(repository / 'requirements.txt') == {Requirement(r) for r in core}
   everything = [*core, *(r for extra in extras.values() for r in extra)]
   assert parse_requirements(repository / 'requirements-dev.txt') == {
@@ -151,7 +151,8 @@ def test_the_installed_versions_are_the_required_ones(project: dict):
 def test_everything_the_package_imports_is_required(repository: Path, project: dict):
   modules = {'orbax-checkpoint': 'orbax', 'gin-config': 'gin', 'grain': 'grain'}
   extras = project['project']['optional-dependencies']
-  lines = [*project['project']['dependencies'], *extras['tfds'], *extras['bench']]
+  optional = [*extras['tfds'], *extras['serve'], *extras['bench']]
+  lines = [*project['project']['dependencies'], *optional]
   names = {Requirement(line).name for line in lines}
   required = {modules.get(name, name.replace('-', '_')) for name in names}
   # jaxlib comes with jax, absl with gin's users grain and orbax.

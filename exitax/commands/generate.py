@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   exits = parser.add_argument_group('early exit')
   exits.add_argument(
     '--threshold',
-    type=flag_groups.thresholds,
+    type=_thresholds,
     metavar='T',
     help='exit where the confidence is above it; one number, one per exit as 0.9,0.8, or certified: what '
     '`exitax calibrate` has certified for this model',
@@ -239,6 +239,10 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
   if not prompts:
     raise UserError("generate needs a prompt: --prompt='def main('")
   return prompts
+
+
+def _thresholds(text: str) -> Threshold:
+  return text if text == CERTIFIED else flag_groups.thresholds(text)
 
 
 def _as_json(completion: TextCompletion) -> dict[str, Any]:

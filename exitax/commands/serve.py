@@ -109,9 +109,16 @@ def run(flags: argparse.Namespace) -> int:
     app = serve.create_app(service, host=config.host, api_key=api_key)
     if not serve.is_loopback(config.host) and api_key is None:
       print('exitax: anybody who reaches this address may ask: set --api_key', file=sys.stderr)
-    _say_ready(service, serve.address_of(bound), seconds=time.perf_counter() - start)
     logging.getLogger('uvicorn.error').addHandler(logging.StreamHandler())
-    serve.serve(app, bound, engine=service.engine, drain_timeout=config.drain_timeout)
+    serve.serve(
+      app,
+      bound,
+      engine=service.engine,
+      drain_timeout=config.drain_timeout,
+      on_ready=lambda: _say_ready(
+        service, serve.address_of(bound), seconds=time.perf_counter() - start
+      ),
+    )
   print('stopped')
   return 0
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -44,8 +44,15 @@ class DrainingServer(uvicorn.Server):
   A second signal, or the deadline, ends what is still running.
   """
 
-  def __init__(self, app: FastAPI, *, engine: Engine, drain_timeout: float) -> None:
-    """Wraps the application; `run(sockets=[...])` serves."""
+  def __init__(
+    self,
+    app: FastAPI,
+    *,
+    engine: Engine,
+    drain_timeout: float,
+    on_ready: Callable[[], None] = lambda: None,
+  ) -> None:
+    """Wraps the application; `run(sockets=[...])` serves, and calls `on_ready` once it listens."""
     super().__init__(
       uvicorn.Config(
         app,
@@ -59,7 +66,13 @@ class DrainingServer(uvicorn.Server):
       )
     )
     self._engine, self._drain_timeout = engine, drain_timeout
+    self._on_ready = on_ready
     self._deadline: float | None = None
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """Listens."""
+    await super().startup(sockets=sockets)
+    self._on_ready()
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     """Begins to drain, or ends at once the second time."""
@@ -79,11 +92,18 @@ class DrainingServer(uvicorn.Server):
     return await super().on_tick(counter)
 
 
-def serve(app: FastAPI, bound: socket.socket, *, engine: Engine, drain_timeout: float) -> None:
-  """Runs the engine and the HTTP server until SIGTERM or SIGINT."""
+def serve(
+  app: FastAPI,
+  bound: socket.socket,
+  *,
+  engine: Engine,
+  drain_timeout: float,
+  on_ready: Callable[[], None],
+) -> None:
+  """Runs the engine and the HTTP server until SIGTERM or SIGINT; `on_ready` is called in between."""
   engine.start()
+  server = DrainingServer(app, engine=engine, drain_timeout=drain_timeout, on_ready=on_ready)
   try:
-    DrainingServer(app, engine=engine, drain_timeout=drain_timeout).run(sockets=[bound])
+    server.run(sockets=[bound])
   finally:
     engine.stop()
-    signal.signal(signal.SIGINT, signal.default_int_handler)

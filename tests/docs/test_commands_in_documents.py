@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +52,7 @@ TESTED = (
   'generate',
   'inspect',
   'plan',
+  'serve',
 )
 
 
@@ -66,12 +72,34 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return runs
 
 
-def run_command(command: str, runs: Path) -> None:
-  """Runs a documented command with directories below `runs` and small sizes."""
+def placed(command: str, runs: Path) -> list[str]:
+  """The arguments of a documented command, with directories below `runs`."""
   argv = shlex.split(command.replace('runs/quickstart.gin', 'RUN_FILE'))
   argv = [re.sub(r'\bruns/', f'{runs}/', part) for part in argv]
   argv = [part.replace('RUN_FILE', 'runs/quickstart.gin') for part in argv]
-  argv = [part.replace(f'gin/{runs}', 'gin/runs').replace('max_new_tokens=64', '') for part in argv]
+  return [part.replace(f'gin/{runs}', 'gin/runs').replace('max_new_tokens=64', '') for part in argv]
+
+
+@contextlib.contextmanager
+def serving(command: str, runs: Path, env: dict[str, str]) -> Iterator[str]:
+  """The address at which a documented server answers; it must end well when told to."""
+  argv = [*placed(command, runs), '--port=0', '--num_slots=2']
+  with subprocess.Popen(
+    [sys.executable, '-m', 'exitax', *argv], stdout=subprocess.PIPE, text=True, env=env
+  ) as server:
+    try:
+      lines = iter(server.stdout.readline, '')
+      address = next(line for line in lines if line.startswith('serving at ')).split()[2]
+      yield address
+      server.send_signal(signal.SIGTERM)
+      assert server.wait(timeout=60) == 0, command
+    finally:
+      server.kill()
+
+
+def run_command(command: str, runs: Path) -> None:
+  """Runs a documented command with directories below `runs` and small sizes."""
+  argv = placed(command, runs)
   if argv[0] in ('train',):
     argv += SMALL
   elif argv[0] == 'evaluate':
@@ -95,9 +123,12 @@ DOCUMENTED = [
 @pytest.mark.slow
 @pytest.mark.parametrize('command', DOCUMENTED)
 def test_documented_command(
-  command: str, model_dirs: Path, monkeypatch: pytest.MonkeyPatch
+  command: str, model_dirs: Path, monkeypatch: pytest.MonkeyPatch, subprocess_env: dict[str, str]
 ) -> None:
   monkeypatch.chdir(ROOT)
+  if command.startswith('serve'):
+    with serving(command.replace('runs/mine', 'runs/quickstart'), model_dirs, subprocess_env):
+      return
   if command.startswith(('evaluate', 'generate')) or '--model_dir=runs/mine' not in command:
     run_command(command.replace('runs/mine', 'runs/quickstart'), model_dirs)
   else:
@@ -114,6 +145,25 @@ def test_python_in_the_readme(model_dirs: Path, monkeypatch: pytest.MonkeyPatch)
   assert blocks
   for block in blocks:
     exec(block.replace('runs/quickstart', str(model_dirs / 'quickstart')), {})
+
+
+@pytest.mark.slow
+def test_requests_of_the_guide_to_serving(
+  model_dirs: Path, monkeypatch: pytest.MonkeyPatch, subprocess_env: dict[str, str]
+) -> None:
+  monkeypatch.chdir(ROOT)
+  guide = (ROOT / 'docs' / 'howto' / 'serve.md').read_text(encoding='utf-8')
+  (command,) = exitax_commands(guide)
+  requests = re.findall(r'^curl .*', guide, re.MULTILINE)
+  blocks = re.findall(r'```python\n(.*?)```', guide, re.DOTALL)
+  assert requests
+  assert blocks
+  with serving(command, model_dirs, subprocess_env) as address:
+    for request in requests:
+      argv = shlex.split(request.replace('http://127.0.0.1:8000', address))
+      subprocess.run([*argv, '--fail', '--output', '/dev/null'], check=True)
+    for block in blocks:
+      exec(block.replace('http://127.0.0.1:8000', address), {})
 
 
 def test_links_lead_somewhere() -> None:
