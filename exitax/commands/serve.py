@@ -62,10 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   ):
     load.add_argument(f'--{name}', type=float, metavar='SECONDS', help=text)
   load.add_argument(
+    '--max_logprobs', type=int, metavar='N', help='alternatives per token to be asked for; 5'
+  )
+  load.add_argument(
     '--prefix_cache_bytes', type=int, metavar='N', help='kept of prompts seen before; 256 MiB'
   )
   exits = parser.add_argument_group('early exit')
-  exits.add_argument('--strategy', help="for requests that name none: 'full' or 'deferred'")
+  exits.add_argument(
+    '--strategy', help='for requests that name none: full, deferred or speculative'
+  )
   exits.add_argument(
     '--threshold',
     type=flag_groups.thresholds,
@@ -73,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='for requests that name none; one number, or one per exit: 0.9,0.8',
   )
   exits.add_argument(
-    '--confidence', metavar='NAME', help='max_prob (the default), margin or entropy'
+    '--confidence',
+    metavar='NAME',
+    help='max_prob (the default), margin, entropy, patience, cosine or classifier',
   )
   parser.add_argument('--chat_template', metavar='FILE', help='a Jinja file')
   flag_groups.add_gin_flags(parser)

@@ -405,9 +405,9 @@ def _decide_at_exit(
   thresholds = thresholds_at(state, index, plan.decay)
   undecided = decision.undecided
   if plan.confidence.reads_scores:
-    everyone = index == 0  # All active rows are still undecided, and there is one.
-    wanted = True if everyone else jnp.any(undecided)
-    logits = _logits_if(model, params, wanted, passed, index, plan=plan)
+    # Thresholds of 1 are never met: rows that ask for full depth pay for no other scores.
+    could_stop = undecided & (thresholds < 1.0) if plan.confidence.reads_one_exit else undecided
+    logits = _logits_if(model, params, jnp.any(could_stop), passed, index, plan=plan)
     decision = _count_agreeing(decision, logits, plan=plan)
     confidence = _confidence(params, decision, passed, logits, index, plan=plan)
     stops = undecided & (confidence > thresholds)

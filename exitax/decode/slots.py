@@ -26,8 +26,11 @@ class Gains:
   Attributes:
     tokens: i32 `[rows, width]`, each row's generated tokens from the asked number on; those at and
       after `step` are stale.
-    exit_layer: i32 `[rows, width]`.
+    exit_layer: i32 `[rows, width]`; this and what follows as in `ExitRecord`.
     confidence: f32 `[rows, width]`.
+    log_prob: f32 `[rows, width]`.
+    top_ids: i32 `[rows, width, num_top]`.
+    top_log_probs: f32 `[rows, width, num_top]`.
     step: i32 `[rows]`, tokens generated in all.
     done: bool `[rows]`.
     stop_reason: i32 `[rows]`, of `StopReason`.
@@ -36,6 +39,9 @@ class Gains:
   tokens: jax.Array
   exit_layer: jax.Array
   confidence: jax.Array
+  log_prob: jax.Array
+  top_ids: jax.Array
+  top_log_probs: jax.Array
   step: jax.Array
   done: jax.Array
   stop_reason: jax.Array
@@ -86,12 +92,16 @@ def read_gains(state: DecodeState, seen: jax.Array, *, width: int) -> Gains:
   column = (state.prompt_length + seen)[:, None] + jnp.arange(width)
 
   def window(array: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(array, column, axis=1, mode='clip')
+    at = column.reshape(*column.shape, *(1,) * (array.ndim - 2))
+    return jnp.take_along_axis(array, at, axis=1, mode='clip')
 
   return Gains(
     tokens=window(state.tokens),
     exit_layer=window(state.aux.exit_layer),
     confidence=window(state.aux.confidence),
+    log_prob=window(state.aux.log_prob),
+    top_ids=window(state.aux.top_ids),
+    top_log_probs=window(state.aux.top_log_probs),
     step=state.step,
     done=state.done,
     stop_reason=state.stop_reason,
@@ -106,9 +116,7 @@ def read_chunk(state: DecodeState, first: jax.Array | int, *, chunk: int) -> Cac
     return jax.lax.dynamic_slice_in_dim(array[:1], first, chunk, axis=2)
 
   cache = state.cache
-  return CacheChunk(
-    layers=jax.tree.map(cut, cache.layers), heads=jax.tree.map(cut, cache.heads)
-  )
+  return CacheChunk(layers=jax.tree.map(cut, cache.layers), heads=jax.tree.map(cut, cache.heads))
 
 
 @decode_jit(static=(), donated=('state',))

@@ -7,21 +7,28 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from exitax.data import Tokenizer
+from exitax.serve.logprobs import chat_logprobs, completion_logprobs
 from exitax.serve.stops import Piece
 from exitax.serve.writer import ChoiceWriter
 
 
 class AnswerShape:
-  """What makes an answer a completion or a chat completion.
+  """One answer on its way out: a completion or a chat completion, whole or in parts."""
 
-  Attributes:
-    model: name of the model.
-    chat: which of the two.
-  """
+  def __init__(
+    self, *, model: str, chat: bool, tokenizer: Tokenizer, num_top: int | None = None
+  ) -> None:
+    """Starts an answer: its id and its time.
 
-  def __init__(self, *, model: str, chat: bool) -> None:
-    """Starts an answer: its id and its time."""
-    self._chat = chat
+    Args:
+      model: name of the model.
+      chat: which of the two.
+      tokenizer: names tokens where log-probabilities are shown.
+      num_top: alternatives per token; None shows no log-probabilities.
+    """
+    self._chat, self._tokenizer, self._num_top = chat, tokenizer, num_top
+    self._offsets: dict[int, int] = {}
     self._id = f'{"chatcmpl" if chat else "cmpl"}-{uuid.uuid4().hex}'
     self._created = int(time.time())
     self._model = model
@@ -42,6 +49,7 @@ class AnswerShape:
     self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, before: str = ''
   ) -> dict[str, Any]:
     """One finished choice; `before` comes before its text."""
+    self._offsets[index] = len(before)
     text = before + ''.join(piece.text for piece in pieces)
     content: dict[str, Any] = {'text': text}
     if self._chat:
@@ -50,13 +58,12 @@ class AnswerShape:
 
   def opening(self, index: int, *, before: str = '') -> dict[str, Any] | None:
     """A stream's first part of a choice; None where it has none."""
+    self._offsets[index] = len(before)
     if self._chat:
       return self._choice(index, {'delta': {'role': 'assistant', 'content': ''}}, (), None)
     return self._choice(index, {'text': before}, (), None) if before else None
 
-  def delta(
-    self, index: int, pieces: Sequence[Piece], finish_reason: str | None
-  ) -> dict[str, Any]:
+  def delta(self, index: int, pieces: Sequence[Piece], finish_reason: str | None) -> dict[str, Any]:
     """A further part of a choice."""
     text = ''.join(piece.text for piece in pieces)
     content: dict[str, Any] = {'text': text}
@@ -77,12 +84,21 @@ class AnswerShape:
     return {
       'index': index,
       **content,
-      'logprobs': None,
+      'logprobs': self._logprobs(index, pieces),
       'finish_reason': finish_reason,
       'pieces': [piece.text for piece in pieces],
-      'exit_layers': [piece.exit_layer for piece in pieces],
-      'confidences': [round(piece.confidence, 4) for piece in pieces],
+      'exit_layers': [piece.token.exit_layer for piece in pieces],
+      'confidences': [round(piece.token.confidence, 4) for piece in pieces],
     }
+
+  def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    if self._num_top is None or not pieces:
+      return None
+    if self._chat:
+      return chat_logprobs(pieces, self._tokenizer)
+    offset = self._offsets[index]
+    self._offsets[index] += sum(len(piece.text) for piece in pieces)
+    return completion_logprobs(pieces, self._tokenizer, num_top=self._num_top, offset=offset)
 
 
 def usage_of(

@@ -106,7 +106,12 @@ async def _answer(
     parsed, work = await asyncio.to_thread(parse_and_prepare)
   else:
     parsed, work = parse_and_prepare()
-  shape = AnswerShape(model=service.name, chat=kind is ChatRequest)
+  shape = AnswerShape(
+    model=service.name,
+    chat=kind is ChatRequest,
+    tokenizer=service.tokenizer,
+    num_top=parsed.num_top,
+  )
   running = Running(service, work)
   if parsed.stream:
     events = streamed_answer(running, work, shape, include_usage=parsed.includes_usage)

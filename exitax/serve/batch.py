@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -13,9 +13,9 @@ from exitax.decode import (
   CacheChunk,
   Causal,
   DecodeState,
-  ExitPlan,
   Gains,
   Requests,
+  StepPlan,
   init_state,
   insert_row,
   prefill_chunk,
@@ -35,6 +35,8 @@ from exitax.serve.prefix_cache import PrefixCache
 WINDOWS = (16, 32, 64, 128)
 # Tokens of a prompt that are kept or forgotten together.
 PREFIX_CHUNK = 32
+# Tokens per row that are read back at once; speculation may gain more in a turn.
+GAIN_WIDTH = 16
 # Ids that can end a row, at most.
 NUM_STOPS = 4
 
@@ -71,28 +73,26 @@ class SlotBatch:
     model: ExitLM,
     params: Params,
     *,
-    plan: ExitPlan,
+    plans: Sequence[StepPlan],
     num_slots: int,
     capacity: int,
     prefix_bytes: int,
-    max_gain: int,
   ) -> None:
     """Allocates the slots.
 
     Args:
       model: the model.
       params: parameters after `prepare_params`.
-      plan: what the state is laid out for.
+      plans: what rows may be advanced with; the state is laid out for the first.
       num_slots: rows.
       capacity: tokens of a row at most, prompt included.
       prefix_bytes: what the prefix cache may hold.
-      max_gain: tokens per row that are read back at once.
     """
-    self._model, self._params, self._plan = model, params, plan
+    self._model, self._params, self._plans = model, params, tuple(dict.fromkeys(plans))
     self._visibility = Causal(model.config.sliding_window)
-    overhang = max(plan.pending_capacity - 2, 0)
+    overhang = max(plan.overhang for plan in plans)
     self.columns = -(-(capacity + overhang) // WINDOWS[0]) * WINDOWS[0]
-    self.num_slots, self._max_gain = num_slots, max_gain
+    self.num_slots = num_slots
     self._state = self._empty(num_slots)
     cache = self._state.cache
     sizes = (leaf.nbytes for leaf in jax.tree.leaves((cache.layers, cache.heads)))
@@ -111,7 +111,7 @@ class SlotBatch:
     tokens[0, : len(job.prompt)] = job.prompt
     state = init_state(
       self._model.config,
-      self._plan,
+      self._plans[0],
       tokens=tokens,
       prompt_length=np.asarray([len(job.prompt)], np.int32),
       requests=self._requests(job, job.seeds[0]),
@@ -154,8 +154,8 @@ class SlotBatch:
     """Ends the rows in these slots."""
     self._state = release_rows(self._state, self._mask(slots))
 
-  def run(self, plan: ExitPlan, num_steps: int) -> None:
-    """Advances the rows."""
+  def run(self, plan: StepPlan, num_steps: int, slots: Iterable[int]) -> None:
+    """Advances the rows in these slots."""
     self._state = run_steps(
       self._model,
       self._params,
@@ -163,20 +163,29 @@ class SlotBatch:
       np.int32(num_steps),
       plan=plan,
       visibility=self._visibility,
+      rows=self._mask(slots),
     )
+    jax.block_until_ready(self._state.step)
 
-  def gains(self, seen: np.ndarray) -> Gains:
-    """What rows have gained beyond `seen` (i32 `[slots]`) tokens, on the host."""
-    return jax.device_get(read_gains(self._state, seen, width=self._max_gain))
+  def gains(self, seen: np.ndarray) -> list[Gains]:
+    """What rows have gained beyond `seen` (i32 `[slots]`) tokens, on the host.
+
+    Each is `GAIN_WIDTH` tokens wide and goes on where the one before ends.
+    """
+    parts = [jax.device_get(read_gains(self._state, seen, width=GAIN_WIDTH))]
+    while np.any(parts[0].step - seen > GAIN_WIDTH * len(parts)):
+      further = seen + np.int32(GAIN_WIDTH * len(parts))
+      parts.append(jax.device_get(read_gains(self._state, further, width=GAIN_WIDTH)))
+    return parts
 
   def reset(self) -> None:
     """Empties all slots and forgets all prefixes, after a fault."""
     self.prefixes.clear()
     self._state = self._empty(self.num_slots)
 
-  def programs(self, plans: Iterable[ExitPlan]) -> list[Callable[[], object]]:
+  def programs(self) -> list[Callable[[], object]]:
     """Calls, in this order, that compile everything serving runs; all slots are free afterwards."""
-    thresholds = (1.0,) * len(self._plan.exits)
+    thresholds = (1.0,) * (len(self._plans[0].segments) - 1)
     job = Job(prompt=(0, 0), seeds=(0, 0), budget=1, strategy='', thresholds=thresholds)
     prefill = self.begin(job)
 
@@ -193,7 +202,7 @@ class SlotBatch:
       *(functools.partial(prefill_window, width) for width in WINDOWS if width <= self.columns),
       copy_chunk,
       functools.partial(self.insert, prefill, 0),
-      *(functools.partial(self.run, plan, 1) for plan in dict.fromkeys(plans)),
+      *(functools.partial(self.run, plan, 1, [0]) for plan in self._plans),
       functools.partial(self.gains, np.zeros(self.num_slots, np.int32)),
       functools.partial(self.release, range(self.num_slots)),
     ]
@@ -201,7 +210,7 @@ class SlotBatch:
     return calls * 2
 
   def _empty(self, rows: int) -> DecodeState:
-    exits = len(self._plan.exits)
+    exits = len(self._plans[0].segments) - 1
     requests = Requests(
       seed=np.zeros(rows, np.uint32),
       temperature=np.zeros(rows, np.float32),
@@ -214,7 +223,7 @@ class SlotBatch:
     )
     return init_state(
       self._model.config,
-      self._plan,
+      self._plans[0],
       tokens=np.zeros((rows, self.columns), np.int32),
       prompt_length=np.zeros(rows, np.int32),
       requests=requests,

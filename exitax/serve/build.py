@@ -8,12 +8,13 @@ from collections.abc import Callable
 from exitax.checkpoint import LoadedModel
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
 from exitax.data import Progress, quiet
-from exitax.decode import prepare_params
+from exitax.decode import Confidence, prepare_params
+from exitax.errors import UserError
 from exitax.serve.admission import WaitingRoom
 from exitax.serve.batch import SlotBatch
 from exitax.serve.chat import load_chat_template
 from exitax.serve.config import ServeConfig
-from exitax.serve.engine import MAX_STEPS, Engine
+from exitax.serve.engine import Engine
 from exitax.serve.metrics import Metrics
 from exitax.serve.service import Service
 from exitax.serve.strategies import Strategies
@@ -46,7 +47,10 @@ def build_service(
     confidence=config.confidence,
     default=config.strategy,
     threshold=config.threshold,
+    num_top=config.max_logprobs,
   )
+  if strategies.confidence is Confidence.CLASSIFIER and 'confidence' not in loaded.params:
+    raise UserError("confidence='classifier' needs a trained one, which this model has not got")
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
@@ -55,13 +59,12 @@ def build_service(
     batch = SlotBatch(
       loaded.model,
       prepare_params(loaded.model, loaded.params),
-      plan=strategies.state_plan,
+      plans=strategies.layout_first,
       num_slots=config.num_slots,
       capacity=context,
       prefix_bytes=config.prefix_cache_bytes,
-      max_gain=MAX_STEPS,
     )
-    programs = batch.programs(strategies.plans.values())
+    programs = batch.programs()
     for compile_program in progress(programs, total=len(programs), label='compiling'):
       compile_program()
   engine = Engine(
@@ -77,6 +80,7 @@ def build_service(
     tokenizer=loaded.tokenizer,
     vocab_size=model_config.vocab_size,
     context=context,
+    max_logprobs=config.max_logprobs,
     strategies=strategies,
     template=template,
     engine=engine,

@@ -20,9 +20,11 @@ class ServeConfig:
     queue_timeout: seconds that a prompt waits at most (503).
     request_timeout: seconds from arrival to the last token at most (503).
     drain_timeout: seconds that running answers get to finish when the server is told to stop.
-    strategy: for requests that name none: 'full' or 'deferred'.
+    strategy: for requests that name none: 'full', 'deferred' or 'speculative'. By default 'deferred'
+      with a threshold, else 'speculative', or 'full' for a model without exits.
     threshold: for requests that exit early and name none; one number, or one per exit.
-    confidence: 'max_prob', 'margin' or 'entropy'; compiled, so the same for all requests.
+    confidence: a value of `decode.Confidence`; compiled, so the same for all requests.
+    max_logprobs: alternatives per token that requests may ask for; each step finds as many.
     prefix_cache_bytes: kept of prompts seen before; 0 keeps nothing.
     chat_template: a Jinja file, in place of the tokenizer's own template.
   """
@@ -38,6 +40,7 @@ class ServeConfig:
   strategy: str | None = None
   threshold: float | tuple[float, ...] | None = None
   confidence: str = 'max_prob'
+  max_logprobs: int = 5
   prefix_cache_bytes: int = 256 << 20
   chat_template: str | None = None
 
@@ -46,7 +49,7 @@ class ServeConfig:
       raise UserError(f'port={self.port} is outside 0 to 65535 (0 takes any that is free)')
     if self.num_slots < 1:
       raise UserError(f'num_slots={self.num_slots} must be at least 1')
-    for name in ('capacity', 'max_queue', 'drain_timeout', 'prefix_cache_bytes'):
+    for name in ('capacity', 'max_queue', 'drain_timeout', 'prefix_cache_bytes', 'max_logprobs'):
       if getattr(self, name) < 0:
         raise UserError(f'{name}={getattr(self, name)} must be at least 0')
     for name in ('queue_timeout', 'request_timeout'):

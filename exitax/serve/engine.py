@@ -11,14 +11,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from exitax.decode import ExitPlan, Gains, StopReason
+from exitax.decode import Gains, StepPlan, StopReason
 from exitax.serve.admission import WaitingRoom, refuse_all
 from exitax.serve.batch import WINDOWS, Prefill, SlotBatch
-from exitax.serve.jobs import Deliver, Gain, Job, Ticket
+from exitax.serve.jobs import Deliver, Gain, Job, Ticket, Token
 from exitax.serve.metrics import Metrics, Occupancy
 from exitax.serve.refusals import Refusal, unavailable
 
@@ -57,7 +57,7 @@ class Engine:
     self,
     batch: SlotBatch,
     *,
-    plans: dict[str, ExitPlan],
+    plans: dict[str, StepPlan],
     room: WaitingRoom,
     metrics: Metrics,
     request_timeout: float,
@@ -79,7 +79,7 @@ class Engine:
     self._request_timeout, self._ambient, self._clock = request_timeout, ambient, clock
     self._slots: list[_Slot | None] = [None] * batch.num_slots
     self._held: tuple[Ticket, Prefill] | None = None
-    self._step_seconds = TURN_SECONDS
+    self._step_seconds = dict.fromkeys(plans.values(), TURN_SECONDS)
     self._wake = threading.Event()
     self._refuses: Refusal | None = None
     self._stopping = False
@@ -234,34 +234,37 @@ class Engine:
 
   def _run(self) -> None:
     """Some steps for every row, and what they gained."""
-    start = self._clock()
-    num_steps = int(np.clip(TURN_SECONDS / self._step_seconds, 1, MAX_STEPS))
-    for plan in self._plans_in_use():
-      self._batch.run(plan, num_steps)
+    by_plan: dict[StepPlan, list[int]] = {}
+    for number, slot in enumerate(self._slots):
+      if slot:
+        by_plan.setdefault(self._plans[slot.job.strategy], []).append(number)
+    for plan, numbers in by_plan.items():
+      self._step(plan, numbers, share=TURN_SECONDS / len(by_plan))
     seen = np.asarray([slot.seen if slot else 0 for slot in self._slots], np.int32)
     gains = self._batch.gains(seen)
     now = self._clock()
-    self._step_seconds += 0.2 * ((now - start) / num_steps - self._step_seconds)
     for number, slot in enumerate(self._slots):
       if slot:
         self._hand_out(number, slot, gains, now)
 
-  def _plans_in_use(self) -> Iterable[ExitPlan]:
-    return dict.fromkeys(self._plans[slot.job.strategy] for slot in self._slots if slot)
+  def _step(self, plan: StepPlan, numbers: Sequence[int], *, share: float) -> None:
+    """Advances rows of one plan for about `share` seconds."""
+    start, expected = self._clock(), self._step_seconds[plan]
+    num_steps = int(np.clip(share / max(expected, 1e-6), 1, MAX_STEPS))
+    self._batch.run(plan, num_steps, numbers)
+    took = (self._clock() - start) / num_steps
+    self._step_seconds[plan] = expected + 0.2 * (took - expected)
 
-  def _hand_out(self, number: int, slot: _Slot, gains: Gains, now: float) -> None:
-    count = int(gains.step[number]) - slot.seen
-    reason = StopReason(int(gains.stop_reason[number]))
+  def _hand_out(self, number: int, slot: _Slot, gains: Sequence[Gains], now: float) -> None:
+    reason = StopReason(int(gains[0].stop_reason[number]))
     gain = Gain(
       choice=slot.choice,
-      tokens=gains.tokens[number, :count].tolist(),
-      exit_layers=gains.exit_layer[number, :count].tolist(),
-      confidences=gains.confidence[number, :count].tolist(),
+      tokens=_tokens_of(gains, number, seen=slot.seen, num_top=slot.job.num_top),
       stop_reason=reason,
       cached_tokens=slot.cached,
     )
     self._count(slot, gain, now)
-    slot.seen += count
+    slot.seen += len(gain.tokens)
     if reason is not StopReason.RUNNING:
       self._slots[number] = None
     if slot.ticket.wants(slot.choice):
@@ -270,8 +273,8 @@ class Engine:
   def _count(self, slot: _Slot, gain: Gain, now: float) -> None:
     metrics, count = self._metrics, len(gain.tokens)
     metrics.generated_tokens.inc(count)
-    for layer in gain.exit_layers:
-      metrics.exit_tokens.labels(layer).inc()
+    for token in gain.tokens:
+      metrics.exit_tokens.labels(token.exit_layer).inc()
     if count and not slot.ticket.first_token_seen:
       slot.ticket.first_token_seen = True
       metrics.first_token.observe(now - slot.ticket.submitted)
@@ -292,3 +295,21 @@ class Engine:
     refuse_all(list(unique.values()), refusal)
     if not self._stopping:
       self._batch.reset()
+
+
+def _tokens_of(gains: Sequence[Gains], row: int, *, seen: int, num_top: int) -> list[Token]:
+  """The new tokens of a row."""
+  count = int(gains[0].step[row]) - seen
+  found = []
+  for part in gains:
+    taken = min(count - len(found), part.tokens.shape[1])
+    columns = (part.tokens, part.exit_layer, part.confidence, part.log_prob)
+    values = [array[row, :taken].tolist() for array in columns]
+    tops = [()] * taken
+    if num_top:
+      ids, log_probs = (
+        array[row, :taken, :num_top].tolist() for array in (part.top_ids, part.top_log_probs)
+      )
+      tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids, log_probs, strict=True)]
+    found += [Token(*token) for token in zip(*values, tops, strict=True)]
+  return found

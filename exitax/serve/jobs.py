@@ -22,6 +22,7 @@ class Job:
     stop_tokens: ids that end a sample.
     strategy: name of an entry of `Strategies`.
     thresholds: one per exit of the plan.
+    num_top: alternatives per token that the request wants to see.
   """
 
   prompt: tuple[int, ...]
@@ -32,6 +33,26 @@ class Job:
   stop_tokens: tuple[int, ...] = ()
   strategy: str
   thresholds: tuple[float, ...] = ()
+  num_top: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+  """One generated token and how it was chosen.
+
+  Attributes:
+    token: its id.
+    exit_layer: layers run for it.
+    confidence: at the exit that chose it.
+    log_prob: of it, under the scores that it was chosen from.
+    top: the best ids of those scores with their log-probabilities.
+  """
+
+  token: int
+  exit_layer: int
+  confidence: float
+  log_prob: float
+  top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,17 +61,13 @@ class Gain:
 
   Attributes:
     choice: which sample.
-    tokens: ids.
-    exit_layers: layers run for each.
-    confidences: at the exit that chose each.
+    tokens: in the order of the text; may be none.
     stop_reason: RUNNING unless this is the last gain.
     cached_tokens: tokens of the prompt that the prefix cache had.
   """
 
   choice: int
-  tokens: list[int]
-  exit_layers: list[int]
-  confidences: list[float]
+  tokens: list[Token]
   stop_reason: StopReason
   cached_tokens: int = 0
 

@@ -87,6 +87,11 @@ class CompletionRequest(_Generation):
   best_of: Annotated[int, Field(ge=1)] | None = None
   suffix: None = None
 
+  @property
+  def num_top(self) -> int | None:
+    """Alternatives per token to show; None shows no log-probabilities."""
+    return self.logprobs
+
 
 class TextPart(_Strict):
   """Text in a message's list of parts."""
@@ -128,6 +133,11 @@ class ChatRequest(_Generation):
   tools: Annotated[list[Any], Field(max_length=0)] | None = None
   tool_choice: Literal['none', 'auto'] | None = None
   modalities: list[Literal['text']] | None = None
+
+  @property
+  def num_top(self) -> int | None:
+    """Alternatives per token to show; None shows no log-probabilities."""
+    return self.top_logprobs or 0 if self.logprobs else None
 
 
 GenerationRequest = CompletionRequest | ChatRequest

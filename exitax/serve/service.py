@@ -51,6 +51,7 @@ class Service:
     tokenizer: the model's.
     vocab_size: ids that the model knows.
     context: tokens of prompt and answer together.
+    max_logprobs: alternatives per token that can be asked for.
     strategies: what can be asked of exits.
     template: for chats.
     engine: what runs jobs.
@@ -61,6 +62,7 @@ class Service:
   tokenizer: Tokenizer
   vocab_size: int
   context: int
+  max_logprobs: int
   strategies: Strategies
   template: ChatTemplate
   engine: Engine
@@ -74,6 +76,10 @@ class Service:
     """
     if request.best_of not in (None, request.n or 1):
       raise bad_request('best_of must equal n: all samples are returned', param='best_of')
+    if request.echo and request.logprobs is not None:
+      raise bad_request(
+        "echo with logprobs needs the prompt's, which this server does not compute", param='echo'
+      )
     prompts = self._prompts(request)
     echoes = [text for text, _ in prompts] if request.echo else [''] * len(prompts)
     default = DEFAULT_MAX_TOKENS
@@ -148,6 +154,7 @@ class Service:
     stops: tuple[str, ...],
   ) -> Work:
     self._check_model(request.model)
+    self._check_logprobs(request)
     chosen = self.strategies.choose(
       strategy=request.strategy,
       threshold=request.threshold,
@@ -169,6 +176,7 @@ class Service:
         stop_tokens=stop_tokens,
         strategy=chosen.strategy,
         thresholds=chosen.thresholds,
+        num_top=request.num_top or 0,
       )
       for number, prompt in enumerate(prompts)
     )
@@ -199,6 +207,15 @@ class Service:
         f'no model {name[:80]!r} here: this server has {self.name!r}',
         param='model',
         code='model_not_found',
+      )
+
+  def _check_logprobs(self, request: GenerationRequest) -> None:
+    field = 'top_logprobs' if isinstance(request, ChatRequest) else 'logprobs'
+    if (request.num_top or 0) > self.max_logprobs:
+      raise bad_request(
+        f'{field}={request.num_top} exceeds what this server records, {self.max_logprobs} '
+        '(--max_logprobs)',
+        param=field,
       )
 
   def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:

@@ -76,9 +76,7 @@ class EventStream(Response):
       async for text in self._events:
         if not started:
           started = True
-          await send(
-            {'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers}
-          )
+          await send({'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers})
         await send({'type': 'http.response.body', 'body': text.encode(), 'more_body': True})
     except Refusal as refusal:
       if not started:

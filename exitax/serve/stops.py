@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from exitax.serve.jobs import Token
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -12,15 +14,11 @@ class Piece:
 
   Attributes:
     text: what it adds to the text; empty while a character is unfinished.
-    token: its id.
-    exit_layer: layers run for it.
-    confidence: at the exit that chose it.
+    token: how it was chosen.
   """
 
   text: str
-  token: int
-  exit_layer: int
-  confidence: float
+  token: Token
 
 
 class StopScanner:

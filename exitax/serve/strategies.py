@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-from exitax.decode import Confidence, DeferredExit, ExitPlan, FullDepth
+from exitax.decode import (
+  OF_SCORES,
+  Confidence,
+  DeferredExit,
+  FullDepth,
+  Speculative,
+  StepPlan,
+)
 from exitax.errors import UserError, choose
 from exitax.models import ModelConfig
 from exitax.serve.refusals import Refusal, bad_policy
 
 FULL = 'full'
 DEFERRED = 'deferred'
+SPECULATIVE = 'speculative'
 # Confidence must be above a threshold, so this one is never met.
 NEVER = 1.0
 
@@ -40,23 +48,27 @@ class Strategies:
     confidence: str = 'max_prob',
     default: str | None = None,
     threshold: float | tuple[float, ...] | None = None,
+    num_top: int = 0,
   ) -> None:
     """Checks the server's own settings.
 
     Args:
       config: the model.
       confidence: what thresholds are compared with; compiled, so one for all requests.
-      default: strategy of requests that name none; by default 'deferred' with a threshold, else 'full'.
+      default: strategy of requests that name none; by default 'deferred' with a threshold, else
+        'speculative', or 'full' without exits.
       threshold: of requests that exit early and name none; None asks them for one.
+      num_top: alternatives whose log-probabilities are recorded per token.
 
     Raises:
       UserError: a strategy or threshold that the model has no use for.
     """
     self._config = config
     self.confidence = choose(Confidence, confidence, name='confidence')
-    self._threshold = threshold
+    self._threshold, self._num_top = threshold, num_top
     self.plans = self._make_plans()
-    self.default = default or (FULL if threshold is None else DEFERRED)
+    lossless = SPECULATIVE if config.exits else FULL
+    self.default = default or (lossless if threshold is None else DEFERRED)
     if self.default not in self.plans:
       raise UserError(f'strategy={self.default!r}: {self._why_not(self.default)}')
     try:
@@ -70,9 +82,9 @@ class Strategies:
     return self._config.depths
 
   @property
-  def state_plan(self) -> ExitPlan:
-    """The plan that the shared state is laid out for."""
-    return self.plans[FULL]
+  def layout_first(self) -> tuple[StepPlan, ...]:
+    """All plans; the first keeps most beside the cache, and the shared state is laid out for it."""
+    return (self.plans.get(SPECULATIVE, self.plans[FULL]), *self.plans.values())
 
   @property
   def default_threshold(self) -> float | tuple[float, ...] | None:
@@ -138,17 +150,27 @@ class Strategies:
       raise bad_policy(str(error), param='threshold') from None
 
   def _never(self) -> tuple[float, ...]:
-    return (NEVER,) * len(self.state_plan.exits)
+    return (NEVER,) * len(self._config.exits)
 
-  def _make_plans(self) -> dict[str, ExitPlan]:
-    if not self._config.exits:
-      return {FULL: FullDepth(confidence=self.confidence).plan(self._config)}
+  def _make_plans(self) -> dict[str, StepPlan]:
+    config, num_top = self._config, self._num_top
+    if not config.exits:
+      return {FULL: FullDepth(confidence=self._of_scores, num_top=num_top).plan(config)}
     # Thresholds are data: full depth is deferred exit with thresholds that nothing meets.
-    plan = DeferredExit(threshold=NEVER, confidence=self.confidence).plan(self._config)
-    return {FULL: plan, DEFERRED: plan}
+    deferred = DeferredExit(threshold=NEVER, confidence=self.confidence, num_top=num_top)
+    speculative = Speculative(
+      confidence=self._of_scores, num_top=num_top, pending_capacity=deferred.pending_capacity
+    )
+    plan = deferred.plan(config)
+    return {FULL: plan, DEFERRED: plan, SPECULATIVE: speculative.plan(config)}
+
+  @property
+  def _of_scores(self) -> Confidence:
+    """What is recorded where nothing is compared with it."""
+    return self.confidence if self.confidence in OF_SCORES else Confidence.MAX_PROB
 
   def _why_not(self, name: str) -> str:
     known = ', '.join(map(repr, self.plans))
-    if name == DEFERRED and not self._config.exits:
+    if name in (DEFERRED, SPECULATIVE):
       return f'the model has no exits, so every token runs all layers: choose {known}'
     return f'not known: choose {known}'

@@ -46,17 +46,16 @@ class ChoiceWriter:
     """The text of a gain; after a stop string no more gains are expected."""
     written = Written(pieces=[])
     ended = gain.stop_reason is not StopReason.RUNNING
-    tokens = zip(gain.tokens, gain.exit_layers, gain.confidences, strict=True)
-    for number, (token, layer, confidence) in enumerate(tokens, start=1):
+    for number, token in enumerate(gain.tokens, start=1):
       self.num_tokens += 1
-      self.layers_run += layer
+      self.layers_run += token.exit_layer
       last = ended and number == len(gain.tokens)
       if last and gain.stop_reason is StopReason.STOP_TOKEN:
         break  # It ends the text without being part of it.
-      text = self._decoder.push(token)
+      text = self._decoder.push(token.token)
       if last:
         text += self._decoder.finish()
-      written.pieces += self._scanner.push(Piece(text, token, layer, confidence))
+      written.pieces += self._scanner.push(Piece(text, token))
       if self._scanner.stopped:
         written.finish_reason = STOP
         return written

@@ -16,7 +16,7 @@ from exitax.checkpoint import LoadedModel
 from exitax.data import ByteTokenizer
 from exitax.decode import prepare_params
 from exitax.models import ExitConfig, ExitLM, ModelConfig
-from exitax.serve import Service, ServeConfig, address_of, bind, build_service, create_app
+from exitax.serve import ServeConfig, Service, address_of, bind, build_service, create_app
 from exitax.serve.server import DrainingServer
 
 

@@ -29,24 +29,22 @@ def test_a_template_in_the_style_of_hugging_face():
     '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ {"a": "é"} | tojson }}'
   )
   text = ChatTemplate(source, where='test').render(MESSAGES, specials={'bos_token': '<s>'})
-  assert text == (
-    '<s><|im_start|>user\nHi {{ 7*7 }}<|im_end|>\n<|im_start|>assistant\n{"a": "é"}'
-  )
+  assert text == ('<s><|im_start|>user\nHi {{ 7*7 }}<|im_end|>\n<|im_start|>assistant\n{"a": "é"}')
 
 
 @pytest.mark.parametrize(
   'source',
   [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__base__.__subclasses__()[0] }}",
-    "{{ self.__init__.__globals__ }}",
+    '{{ messages.__class__.__base__.__subclasses__()[0] }}',
+    '{{ self.__init__.__globals__ }}',
     "{{ raise_exception.__globals__['__builtins__'] }}",
-    "{{ raise_exception.__code__.co_code }}",
+    '{{ raise_exception.__code__.co_code }}',
     "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ messages.append(1) }}",
+    '{{ messages.append(1) }}',
     "{{ messages[0].update({'role': 'x'}) }}",
-    "{% set x = messages.pop() %}{{ x }}",
-    "{{ range(1000000000) | list }}",
+    '{% set x = messages.pop() %}{{ x }}',
+    '{{ range(1000000000) | list }}',
     "{% include '/etc/hostname' %}",
     "{% import 'os' as os %}",
     '{{ raise_exception("roles must alternate") }}',

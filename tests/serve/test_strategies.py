@@ -21,7 +21,8 @@ def config(loaded: LoadedModel) -> ModelConfig:
 @pytest.mark.parametrize(
   ('server', 'fields', 'strategy', 'thresholds'),
   [
-    ({}, {}, 'full', (1.0, 1.0)),
+    ({}, {}, 'speculative', (1.0, 1.0)),
+    ({'threshold': 0.5}, {'strategy': 'speculative'}, 'speculative', (1.0, 1.0)),
     ({'threshold': 0.5}, {}, 'deferred', (0.5, 0.5)),
     ({'threshold': 0.5}, {'use_early_exit': False}, 'full', (1.0, 1.0)),
     ({'threshold': 0.5}, {'use_early_exit': True}, 'deferred', (0.5, 0.5)),
@@ -44,13 +45,14 @@ def test_choices(config: ModelConfig, server, fields, strategy: str, thresholds)
     ({'threshold': -1}, r'outside \[0, 1\]'),
     ({'threshold': [0.5]}, '1 thresholds for 2 exits'),
     ({'threshold': []}, '0 thresholds for 2 exits'),
-    ({'strategy': 'fast'}, "strategy='fast': not known: choose 'full', 'deferred'"),
+    ({'strategy': 'fast'}, "strategy='fast': not known: choose 'full', 'deferred', 'speculative'"),
     ({'strategy': 'deferred'}, 'give threshold'),
     ({'use_early_exit': True}, 'give threshold'),
     ({'confidence': 'margin'}, 'started with --confidence=max_prob'),
     ({'use_early_exit': False, 'threshold': 0.5}, 'contradicts threshold'),
     ({'use_early_exit': False, 'strategy': 'deferred'}, 'contradicts strategy'),
     ({'strategy': 'full', 'threshold': 0.5}, "does nothing with strategy='full'"),
+    ({'strategy': 'speculative', 'threshold': 0.5}, "does nothing with strategy='speculative'"),
     ({'strategy': 'full', 'use_early_exit': True}, "does nothing with strategy='full'"),
   ],
 )
@@ -62,7 +64,13 @@ def test_refusals(config: ModelConfig, fields, words: str):
 
 
 @pytest.mark.parametrize(
-  'fields', [{'strategy': 'deferred'}, {'threshold': 0.5}, {'use_early_exit': True}]
+  'fields',
+  [
+    {'strategy': 'deferred'},
+    {'strategy': 'speculative'},
+    {'threshold': 0.5},
+    {'use_early_exit': True},
+  ],
 )
 def test_a_model_without_exits_says_so(config: ModelConfig, fields):
   strategies = Strategies(dataclasses.replace(config, exits=()))
