@@ -39,7 +39,6 @@ from exitax.decode.policies import (
 )
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
-from exitax.decode.speculation import FORCED, STATS, DraftPlan
 
 # Slots that requests take and leave.
 from exitax.decode.slots import (
@@ -51,7 +50,7 @@ from exitax.decode.slots import (
   release_rows,
   write_chunk,
 )
-from exitax.decode.speculation import STATS, DraftPlan
+from exitax.decode.speculation import FORCED, STATS, DraftPlan
 from exitax.decode.state import (
   DecodeState,
   ExitRecord,

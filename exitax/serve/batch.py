@@ -92,7 +92,7 @@ class SlotBatch:
     self._visibility = Causal(model.config.sliding_window)
     overhang = max(plan.overhang for plan in plans)
     self.columns = -(-(capacity + overhang) // WINDOWS[0]) * WINDOWS[0]
-    self.num_slots = num_slots
+    self.num_slots, self.capacity = num_slots, capacity
     self._state = self._empty(num_slots)
     cache = self._state.cache
     sizes = (leaf.nbytes for leaf in jax.tree.leaves((cache.layers, cache.heads)))

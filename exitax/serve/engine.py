@@ -96,7 +96,10 @@ class Engine:
 
     Raises:
       Refusal: 429, the queue is full; 503, the engine is leaving.
+      ValueError: a job is longer than a slot.
     """
+    if any(len(job.prompt) + job.budget > self._batch.capacity for job in jobs):
+      raise ValueError(f'a job needs more than the {self._batch.capacity} tokens of a slot')
     if self._refuses:
       raise self._refuses
     ticket = Ticket(jobs, deliver, now=self._clock())

@@ -11,14 +11,15 @@ from exitax.decode import (
   FullDepth,
   Speculative,
   StepPlan,
+  Strategy,
 )
 from exitax.errors import UserError, choose
 from exitax.models import ModelConfig
 from exitax.serve.refusals import Refusal, bad_policy
 
-FULL = 'full'
-DEFERRED = 'deferred'
-SPECULATIVE = 'speculative'
+FULL = Strategy.FULL.value
+DEFERRED = Strategy.DEFERRED.value
+SPECULATIVE = Strategy.SPECULATIVE.value
 # Confidence must be above a threshold, so this one is never met.
 NEVER = 1.0
 
