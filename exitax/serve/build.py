@@ -8,8 +8,8 @@ from collections.abc import Callable
 from exitax.checkpoint import LoadedModel
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
 from exitax.data import Progress, quiet
-from exitax.decode import Confidence, prepare_params
-from exitax.errors import UserError
+from exitax.decode import Confidence, WeightFormat, prepare_params
+from exitax.errors import UserError, choose
 from exitax.serve.admission import WaitingRoom
 from exitax.serve.batch import SlotBatch
 from exitax.serve.chat import load_chat_template
@@ -54,11 +54,12 @@ def build_service(
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
+  weights = choose(WeightFormat, config.weights, name='weights')
   metrics = Metrics()
   with ambient():
     batch = SlotBatch(
       loaded.model,
-      prepare_params(loaded.model, loaded.params),
+      prepare_params(loaded.model, loaded.params, weights=weights),
       plans=strategies.layout_first,
       num_slots=config.num_slots,
       capacity=context,

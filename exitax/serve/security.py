@@ -7,8 +7,6 @@ import ipaddress
 
 from exitax.serve.refusals import Refusal
 
-_LOCAL_NAMES = frozenset({'localhost', 'testserver'})
-
 
 def check_key(authorization: str | None, *, api_key: str | None) -> None:
   """Compares `Authorization: Bearer KEY` in constant time.
@@ -47,7 +45,7 @@ def check_host(header: str | None, *, bound_to: str) -> None:
   if header is None or not is_loopback(bound_to):
     return
   name = header.rpartition(':')[0] if header.rpartition(':')[2].isdigit() else header
-  if name.lower() not in _LOCAL_NAMES and not is_loopback(name):
+  if not is_loopback(name.lower()):
     raise Refusal(
       421, 'this server listens on loopback only: call it 127.0.0.1 or localhost', code='wrong_host'
     )

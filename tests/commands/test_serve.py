@@ -27,6 +27,7 @@ import pytest
     (['--strategy=fast'], "strategy='fast'"),
     (['--confidence=guess'], "confidence='guess' is not known"),
     (['--confidence=classifier'], "confidence='classifier' needs a trained one"),
+    (['--weights=int2'], "weights='int2' is not known"),
     (['--chat_template=nowhere'], '--chat_template=nowhere cannot be read'),
     (['--host=192.0.2.1'], 'cannot listen on 192.0.2.1'),
     (['--gin.ServeConfig.num_slot=2'], 'num_slot'),
