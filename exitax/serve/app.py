@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exitax.serve.answers import AnswerShape
@@ -44,10 +45,10 @@ def create_app(service: Service, *, host: str, api_key: str | None) -> FastAPI:
   app = FastAPI(title='exitax', docs_url=None, redoc_url=None, openapi_url=None)
   created = int(time.time())
 
-  def from_here(request: Request) -> None:
+  async def from_here(request: Request) -> None:
     check_host(request.headers.get('host'), bound_to=host)
 
-  def with_key(request: Request) -> None:
+  async def with_key(request: Request) -> None:
     check_key(request.headers.get('authorization'), api_key=api_key)
 
   local, private = [Depends(from_here)], [Depends(from_here), Depends(with_key)]
@@ -85,6 +86,7 @@ def create_app(service: Service, *, host: str, api_key: str | None) -> FastAPI:
     app.get(path, dependencies=local)(_page(file))
   app.exception_handler(Refusal)(_refuse)
   app.exception_handler(HTTPException)(_refuse_route)
+  app.exception_handler(ClientDisconnect)(_gone)
   app.add_middleware(_Counting, service=service)
   return app
 
@@ -119,7 +121,7 @@ async def _answer(
   try:
     answer = await unless_gone(request.receive, whole_answer(running, work, shape))
   except ClientGone:
-    return Response(status_code=499)  # Nobody reads it.
+    return await _gone(request, None)
   finally:
     running.close()
   return JSONResponse(answer)
@@ -160,6 +162,12 @@ def _page(file: str) -> Callable[[], Awaitable[Response]]:
     return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 
   return page
+
+
+async def _gone(request: Request, error: Exception | None) -> Response:
+  """An answer that nobody reads."""
+  del request, error
+  return Response(status_code=499)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

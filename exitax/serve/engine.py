@@ -82,7 +82,7 @@ class Engine:
     self._step_seconds = dict.fromkeys(plans.values(), TURN_SECONDS)
     self._wake = threading.Event()
     self._refuses: Refusal | None = None
-    self._stopping = False
+    self._stopping = self._in_turn = False
     self._thread = threading.Thread(target=self._work, name='exitax-engine', daemon=True)
 
   # Any thread.
@@ -131,7 +131,7 @@ class Engine:
   @property
   def idle(self) -> bool:
     """Whether there is nothing to do."""
-    return not (len(self._room) or self._held or any(self._slots))
+    return not (self._in_turn or len(self._room) or self._held or any(self._slots))
 
   @property
   def cache_bytes(self) -> int:
@@ -154,26 +154,38 @@ class Engine:
 
   def turn(self) -> bool:
     """Does one round of work; False if there was none."""
-    self._drop_unwanted()
-    self._admit()
-    if not any(self._slots):
-      return self._held is not None
-    self._run()
-    return True
+    self._in_turn = True
+    try:
+      self._drop_unwanted()
+      self._admit()
+      runs = any(self._slots)
+      if runs:
+        self._run()
+      return runs
+    finally:
+      self._in_turn = False
 
   def _work(self) -> None:
     with self._ambient():
       while not self._stopping:
         self._wake.clear()
-        try:
-          worked = self.turn()
-        except Exception:
-          _log.exception('the engine failed; what was running is refused, and it starts anew')
-          self._fail(unavailable('the engine failed and starts anew', code='engine_failed'))
-          worked = False
-        if not worked:
+        if not self._guarded_turn():
           self._wake.wait()
       self._fail(unavailable('the server is shutting down', code='draining'))
+
+  def _guarded_turn(self) -> bool:
+    """A turn, after whose failure the slots are empty again."""
+    try:
+      return self.turn()
+    except Exception:
+      _log.exception('the engine failed; what was running is refused')
+    try:
+      self._fail(unavailable('the engine failed and starts anew', code='engine_failed'))
+      self._batch.reset()
+    except Exception:
+      _log.exception('the engine cannot start anew')
+      self._refuses = unavailable('the engine has failed: restart it', code='engine_failed')
+    return False
 
   def _drop_unwanted(self) -> None:
     """Ends what has expired, and frees what nobody wants."""
@@ -296,8 +308,6 @@ class Engine:
     self._slots = [None] * len(self._slots)
     self._held = None
     refuse_all(list(unique.values()), refusal)
-    if not self._stopping:
-      self._batch.reset()
 
 
 def _tokens_of(gains: Sequence[Gains], row: int, *, seen: int, num_top: int) -> list[Token]:

@@ -310,6 +310,26 @@ def test_a_fault_refuses_what_ran_and_the_engine_goes_on(
   engine.stop()
 
 
+def test_an_engine_that_cannot_start_anew_says_so(
+  make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+):
+  engine, broken = make_service().engine, Listener()
+
+  def fault(*_):
+    raise RuntimeError('out of memory')
+
+  monkeypatch.setattr(engine._batch, 'run', fault)
+  monkeypatch.setattr(engine._batch, 'reset', fault)
+  engine.start()
+  engine.submit([job()], broken)
+  wait_for(lambda: engine.draining)
+  assert broken.failure.code == 'engine_failed'
+  with pytest.raises(Refusal, match='restart it') as refused:
+    engine.submit([job()], Listener())
+  assert refused.value.status == 503
+  engine.stop()
+
+
 def test_a_draining_engine_finishes_and_takes_nothing_new(make_service: Callable[..., Service]):
   engine = make_service().engine
   listener = Listener()

@@ -250,6 +250,7 @@ def test_malformed_requests_leave_it_answering(http: httpx.Client, served):
   ],
 )
 def test_bytes_that_are_not_http(raw: bytes, served, http: httpx.Client):
+  """Not even a body that ends early counts as an error of the server's."""
   host, _, port = served.url.removeprefix('http://').partition(':')
   with socket.create_connection((host, int(port)), timeout=5) as connection:
     connection.sendall(raw)
@@ -257,6 +258,7 @@ def test_bytes_that_are_not_http(raw: bytes, served, http: httpx.Client):
     reply = connection.recv(1000)
   assert not reply or reply.split()[1].startswith(b'4')
   assert http.get('/health').status_code == 200
+  assert 'status="5' not in http.get('/metrics').text
 
 
 def test_a_body_that_is_too_large(http: httpx.Client):
