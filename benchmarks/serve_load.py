@@ -7,8 +7,8 @@ float32, random weights; prompts of 64 tokens, 64 new tokens each, 8 at once. Th
 own; client and server share the machine.
 
 - Throughput: all requests at once, in turns with `decode.generate` of the same requests in batches of 8.
-- Latency: a Poisson process at 70% of the throughput just measured at full depth, pinned for both rows: full depth,
-  and early exit at the threshold that half of the tokens pass at the first exit.
+- Latency: a Poisson process at 70% of the throughput just measured at full depth, pinned for both rows, in turns: full
+  depth, and early exit at the threshold that half of the tokens pass at the first exit.
 - Streams killed after their first token, then slots still in use; malformed requests, then one that must be answered.
 """
 
@@ -60,7 +60,7 @@ class Sizes:
   Attributes:
     burst: requests of a throughput measurement.
     rounds: of throughput, online and offline in turns.
-    arrivals: requests of a latency measurement.
+    arrivals: requests of a latency measurement, shared by the rounds.
     killed: clients that vanish.
     malformed: requests that are none.
   """
@@ -120,13 +120,14 @@ async def _measure(
       online[name].append(sum(outcome.tokens for outcome in outcomes) / seconds)
   capacity = float(np.median(online['full'])) / NEW_TOKENS
   rate = LOAD * capacity
-  rows = []
-  latencies: dict[str, list[Outcome]] = {}
-  for name, (fields, _) in policies.items():
-    say(f'{sizes.arrivals} arrivals at {rate:.2f} per second: {name}')
-    bodies = [_body(prompt, fields) for prompt in _prompts(sizes.arrivals)]
-    latencies[name] = await client.open_loop(bodies, rate=rate, seed=1)
-    rows.append(_row(name, online[name], offline[name], latencies[name], rate))
+  latencies: dict[str, list[Outcome]] = {name: [] for name in policies}
+  arrivals = _prompts(sizes.arrivals // sizes.rounds)
+  for number in range(sizes.rounds):
+    say(f'arrivals at {rate:.2f} per second, round {number + 1} of {sizes.rounds}')
+    for name, (fields, _) in policies.items():
+      bodies = [_body(prompt, fields) for prompt in arrivals]
+      latencies[name] += await client.open_loop(bodies, rate=rate, seed=number)
+  rows = [_row(name, online[name], offline[name], latencies[name], rate) for name in policies]
   leaked = await _kill(client, metrics, sizes.killed)
   await _send_malformed(client, sizes.malformed)
   full = latencies['full']

@@ -243,7 +243,7 @@ def test_malformed_requests_leave_it_answering(http: httpx.Client, served):
   'raw',
   [
     b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03',
-    b'GET / HTTP/9.9\r\n\r\n',
+    b'GET / FTP/1.1\r\n\r\n',
     b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n',
     b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{"prompt"',
     b'GET ' + b'a' * 100000,
