@@ -64,7 +64,7 @@ def verdict_of(report: AdviceReport) -> Verdict:
       text=(
         f'Early exit pays for this model on this data if the text may change: a threshold of '
         f'{threshold.threshold:g} on {report.measure} is {_quoted(report, DEFERRED, threshold.deferred)} as '
-        f'fast and keeps {threshold.agreement:.1%} of the choices. Without changes it does not pay: {how}, is '
+        f'fast and keeps {threshold.agreement:.1%} of the choices{_own_text(report)}. Without changes it does not pay: {how}, is '
         f'{_quoted(report, SPECULATION, best.speed_up)}. Certify the threshold before you use it.'
       ),
       command=f'exitax calibrate --model_dir={name} --measure={report.measure}',
@@ -74,7 +74,7 @@ def verdict_of(report: AdviceReport) -> Verdict:
     text=(
       f'Early exit does not pay for this model on this data: the best lossless way, {how}, is '
       f'{_quoted(report, SPECULATION, best.speed_up)} as fast as full depth, and a threshold of '
-      f'{threshold.threshold:g}, which keeps {threshold.agreement:.1%} of the choices, '
+      f'{threshold.threshold:g}, which keeps {threshold.agreement:.1%} of the choices{_own_text(report)}, '
       f'{_quoted(report, DEFERRED, threshold.deferred)}. {_reason(report)}'
     ),
     command=f'exitax generate --model_dir={name} --strategy=full',
@@ -103,12 +103,19 @@ def _reason(report: AdviceReport) -> str:
   )
 
 
+def _own_text(report: AdviceReport) -> str:
+  """How much of the text stays, which falls faster: once texts part they stay apart."""
+  check = report.check(DEFERRED)
+  return '' if check is None else f' ({check.same_text:.0%} of the text it then writes is the same)'
+
+
 def _threshold_aside(report: AdviceReport, threshold: ThresholdSpeed) -> str:
   if _speed(report, DEFERRED, threshold.deferred) < report.worthwhile:
     return ''
   return (
     f' A threshold of {threshold.threshold:g} on {report.measure}, which keeps {threshold.agreement:.1%} of the '
-    f'choices, is {_quoted(report, DEFERRED, threshold.deferred)}; `exitax calibrate` certifies it.'
+    f'choices{_own_text(report)}, is {_quoted(report, DEFERRED, threshold.deferred)}; '
+    '`exitax calibrate` certifies one.'
   )
 
 
