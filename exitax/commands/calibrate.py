@@ -2,7 +2,7 @@ r"""Certifies an exit threshold: the lowest at which text changes no more than y
 
   exitax calibrate --model_dir=runs/quickstart
   exitax calibrate --model_dir=runs/quickstart --metric=rouge --risk=0.05 --confidence=0.9
-  exitax calibrate --model_dir=runs/quickstart --prompt_file=prompts.jsonl --max_new_tokens=32
+  exitax calibrate --model_dir=runs/quickstart --prompt_file=runs/prompts.jsonl --max_new_tokens=32
 
 Examples are drawn by chance from the text that was held out of training (MODEL_DIR/config.gin names
 it), or from --prompt_file: lines of text, or *.jsonl with a field `prompt` or `text`. Each is decoded at every

@@ -42,6 +42,22 @@ SMALL_EVALUATION = (
   '--gin.EvaluateConfig.speed_repeats=1',
 )
 
+SMALL_ADVICE = (
+  '--new_tokens=4',
+  '--gin.AdviseConfig.rows=8',
+  '--gin.AdviseConfig.prompts=1',
+  '--gin.AdviseConfig.part_repeats=1',
+  '--gin.AdviseConfig.repeats=1',
+)
+# Lenient, so that a model of two steps gets a certificate.
+SMALL_CALIBRATION = (
+  '--examples=8',
+  '--prompt_tokens=4',
+  '--max_new_tokens=4',
+  '--risk=0.9',
+  '--confidence=0.5',
+)
+
 
 TESTED = (
   'train',
@@ -69,6 +85,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Where `runs/` of the documents is; `runs/quickstart` has been trained."""
   runs = tmp_path_factory.mktemp('documents')
   run_command('train --gin_file=gin/runs/quickstart.gin --model_dir=runs/quickstart', runs)
+  (runs / 'prompts.jsonl').write_text('{"prompt": "def "}\n{"prompt": "import "}\n' * 4)
   return runs
 
 
@@ -104,8 +121,14 @@ def run_command(command: str, runs: Path) -> None:
     argv += SMALL
   elif argv[0] == 'evaluate':
     argv += SMALL_EVALUATION
+  elif argv[0] == 'advise':
+    argv += SMALL_ADVICE
+  elif argv[0] == 'calibrate':
+    argv += SMALL_CALIBRATION
   elif argv[0] == 'generate':
     argv += ['--max_new_tokens=4']
+    if 'certified' in command and not (runs / 'quickstart' / 'certificate.json').exists():
+      run_command('calibrate --model_dir=runs/quickstart', runs)
   elif argv[0] == 'plan':
     argv += ['--estimate_only']  # Compiling a model of that size takes minutes.
   with pytest.raises(SystemExit) as stop:
@@ -129,7 +152,10 @@ def test_documented_command(
   if command.startswith('serve'):
     with serving(command.replace('runs/mine', 'runs/quickstart'), model_dirs, subprocess_env):
       return
-  if command.startswith(('evaluate', 'generate')) or '--model_dir=runs/mine' not in command:
+  if (
+    command.startswith(('evaluate', 'advise', 'calibrate', 'generate'))
+    or '--model_dir=runs/mine' not in command
+  ):
     run_command(command.replace('runs/mine', 'runs/quickstart'), model_dirs)
   else:
     run_command(command.replace('runs/mine', f'runs/{abs(hash(command))}'), model_dirs)

@@ -58,6 +58,7 @@ def _draw_agreement(axes: Axes, report: AdviceReport) -> None:
     axes.bar_label(bars, [f'{value:.0%}' for value in values], fontsize=9)
   axes.set_xticks(list(places), [f'exit after {layer}' for layer in layers])
   axes.set_ylim(0, 1.3)
+  axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.set_title('Agreement with the final layer (measured)')
   axes.legend(loc='upper center', ncols=2, fontsize=9, frameon=False)
