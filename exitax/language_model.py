@@ -234,6 +234,7 @@ class LanguageModel:
       measure=confidence,
       patience=patience,
       decay=decay,
+      weights=self._weights.value,
     )
     return ExitChoice(
       strategy=strategy or certificate.strategy,

@@ -81,6 +81,7 @@ class Certificate:
     measure: str | None = None,
     patience: int = 2,
     decay: float = 0.0,
+    weights: str = 'compute',
   ) -> None:
     """Makes sure that a request is one that the certificate speaks of.
 
@@ -91,6 +92,7 @@ class Certificate:
       measure: of confidence; None asks for the certificate's.
       patience: exits that must agree, for that measure.
       decay: how fast thresholds fall with the tokens.
+      weights: format of the matrices, 'compute' or 'int8'.
 
     Raises:
       UserError: it is not; names the value, the certificate's, and the way out.
@@ -118,7 +120,7 @@ class Certificate:
         f'with --measure={measure}'
       )
 
-    for name, value in (('patience', patience), ('decay', decay)):
+    for name, value in (('patience', patience), ('decay', decay), ('weights', weights)):
       if value != self.settings.get(name, value):
         raise UserError(
           f'{name}={value}: the certificate is for {name}={self.settings[name]}; leave it out'

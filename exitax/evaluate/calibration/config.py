@@ -101,6 +101,11 @@ class CalibrateConfig:
       raise UserError(
         f'strategy={self.strategy.value} gives the tokens of full depth: nothing to certify'
       )
+    if self.measure is Confidence.CLASSIFIER:
+      raise UserError(
+        'measure=classifier cannot be certified: a certificate names weights, and not yet the classifiers '
+        'that were trained on them; choose max_prob, margin, entropy, patience or cosine'
+      )
     tabled = self.metric is Metric.BITS_PER_BYTE or self.forcing is Forcing.FORCED
     if self.forcing is Forcing.FORCED and self.metric is not Metric.TOKEN_AGREEMENT:
       raise UserError(

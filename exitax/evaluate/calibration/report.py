@@ -118,6 +118,7 @@ def make_certificate(report: CalibrationReport, *, checkpoint_digest: str) -> Ce
       'temperature': 0.0,
       'patience': 2,
       'decay': 0.0,
+      'weights': 'compute',
       'precision': report.model.precision,
     },
     checkpoint_step=report.model.step,
