@@ -43,6 +43,7 @@ def test_a_certificate_is_written_and_used(exitax: RunCommand, model_dir: Path):
     ('--max_new_tokens=5', 'for at most 4 new tokens'),
     ('--temperature=0.5', 'is for greedy decoding'),
     ('--confidence=margin', 'is for max_prob; leave it out'),
+    ('--weights=int8', 'is for weights=compute; leave it out'),
     ('--step=4', 'is for the checkpoint of step 8'),
   ):
     refused = exitax(*ask, '--threshold=certified', more)

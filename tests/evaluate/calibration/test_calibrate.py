@@ -175,6 +175,7 @@ def test_a_model_without_exits_is_refused(corpus, one_device, examples):
     ({'risk': 0.0}, r'risk=0.0 is outside \(0, 1\): choose such as 0.02'),
     ({'risk': 2}, r'risk=2 is outside \(0, 1\)'),
     ({'confidence': 1.0}, r'confidence=1.0 is outside \(0, 1\): choose such as 0.95'),
+    ({'measure': 'classifier'}, 'measure=classifier cannot be certified'),
     ({'examples': 0}, 'examples=0 must be at least 1'),
     ({'thresholds': (1.5,)}, r'threshold=1.5 is outside \[0, 1\]'),
     ({'thresholds': (1.0,)}, 'never exit: give some below 1'),
