@@ -6,6 +6,9 @@ r"""Writes text after a prompt, each token in the colour of the layer it left at
 
   exitax generate --model_dir=runs/quickstart --prompt='def ' --gin_file=gin/decode/deferred.gin
 
+  exitax generate --model_dir=runs/quickstart --prompt='def ' --strategy=pipeline --threshold=0.3 \
+    --gin.MeshConfig.pipeline=3 --emulate_devices=3
+
 --threshold=certified takes the threshold that `exitax calibrate` has certified for the model.
 
 Every setting is a field of GenerateConfig in gin, and a flag that wins over it. Without --strategy a
@@ -38,6 +41,7 @@ from exitax.language_model import (
   Threshold,
   load,
 )
+from exitax.parallel import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class GenerateConfig:
 
   Attributes:
     max_new_tokens: tokens per prompt at most.
-    strategy: 'full', 'deferred', 'recompute', 'copy_state', 'speculative', or None (see above).
+    strategy: 'full', 'deferred', 'recompute', 'pipeline', 'copy_state', 'speculative', or None (see
+      above).
     threshold: exits where the confidence is above it; one number, one per exit, or 'certified'.
     confidence: 'max_prob' (the default, or else the certificate's), 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
     patience: exits that must agree, for 'patience'.
@@ -135,7 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   exits.add_argument(
     '--strategy',
     metavar='NAME',
-    help='full, deferred, recompute, copy_state or speculative (the default for models with exits)',
+    help='full, deferred, recompute, pipeline (needs --gin.MeshConfig.pipeline=N), copy_state or '
+    'speculative (the default for models with exits)',
   )
   exits.add_argument(
     '--confidence',
@@ -173,10 +179,12 @@ def run(flags: argparse.Namespace) -> int:
   flag_groups.start_jax(flags)
   if not flags.model_dir:
     raise UserError('generate needs a model: --model_dir=DIR, such as runs/quickstart')
-  flag_groups.parse_gin(flags, bind_model_dir=False)
+  # One device unless told otherwise: a single prompt does not spread over the data axis.
+  flag_groups.parse_gin(flags, text='MeshConfig.data = 1', bind_model_dir=False)
   config = flag_groups.override(gin_config.build(GenerateConfig), flags)
   prompts = _prompts(flags)
-  model = load(flags.model_dir, step=flags.step, weights=config.weights)
+  mesh = gin_config.build(MeshConfig)
+  model = load(flags.model_dir, step=flags.step, mesh=mesh, weights=config.weights)
   settings = config.settings(model)
   console = Console(highlight=False, soft_wrap=True)
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):

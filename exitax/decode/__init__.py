@@ -17,26 +17,23 @@ from exitax.decode.draft_choice import (
 
 # The primitive and the loop.
 from exitax.decode.extend import Extension, extend
-from exitax.decode.generate import (
-  WeightFormat,
-  begin,
-  generate,
-  make_requests,
-  prepare_params,
-  stream,
-)
+from exitax.decode.generate import begin, generate, make_requests, stream
 from exitax.decode.lanes import Causal, KeyColumns, Lanes, Visibility, consecutive_lanes
 from exitax.decode.loop import prefill_chunk, run_steps, step
-from exitax.decode.plan import Agreement, Gain, Record, StepPlan
+from exitax.decode.pipeline import TICKS, PipelinePlan
+from exitax.decode.placement import LocalPlacement, LocalPlan
+from exitax.decode.plan import Agreement, Gain, Placement, Record, StepPlan, TokenScores
 from exitax.decode.policies import (
   CopyStateExit,
   DeferredExit,
   ExitPolicy,
   FullDepth,
+  PipelineExit,
   RecomputeExit,
   Speculative,
   ThresholdExit,
 )
+from exitax.decode.prepare import WeightFormat, prepare_params
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
 
@@ -51,6 +48,7 @@ from exitax.decode.slots import (
   write_chunk,
 )
 from exitax.decode.speculation import FORCED, STATS, DraftPlan
+from exitax.decode.stage_placement import StagedPlacement
 from exitax.decode.state import (
   DecodeState,
   ExitRecord,
@@ -88,7 +86,12 @@ __all__ = [
   'KeyColumns',
   'Lanes',
   'LayerCache',
+  'LocalPlacement',
+  'LocalPlan',
   'OF_SCORES',
+  'PipelineExit',
+  'PipelinePlan',
+  'Placement',
   'RecomputeExit',
   'Record',
   'Requests',
@@ -99,8 +102,11 @@ __all__ = [
   'StepPlan',
   'Strategy',
   'StrategySettings',
+  'StagedPlacement',
   'StreamEvent',
+  'TICKS',
   'ThresholdExit',
+  'TokenScores',
   'Visibility',
   'WeightFormat',
   'begin',

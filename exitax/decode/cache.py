@@ -67,10 +67,14 @@ def init_cache(
   return KVCache(
     layers=tuple(entry() for _ in range(config.num_layers)),
     heads={layer: entry() for layer in head_layers},
-    columns=KeyColumns(
-      position=jnp.zeros((rows, capacity), jnp.int32),
-      valid=jnp.zeros((rows, capacity), bool),
-    ),
+    columns=init_columns(rows, capacity),
+  )
+
+
+def init_columns(rows: int, capacity: int) -> KeyColumns:
+  """Columns before the first token."""
+  return KeyColumns(
+    position=jnp.zeros((rows, capacity), jnp.int32), valid=jnp.zeros((rows, capacity), bool)
   )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from exitax.decode.plan import Gain
+from exitax.decode.plan import Gain, TokenScores
 from exitax.decode.state import DecodeState, StopReason
 
 
@@ -37,7 +37,9 @@ def commit(state: DecodeState, gain: Gain) -> DecodeState:
   generated = state.step + count
   spent = (count > 0) & (generated >= state.requests.budget) & ~stopped
   reason = jnp.where(stopped, StopReason.STOP_TOKEN, state.stop_reason)
-  log_prob, top_ids, top_log_probs = _log_probs(gain, state.aux.top_ids.shape[2])
+  scores = gain.scores
+  if not isinstance(scores, TokenScores):
+    scores = token_scores(scores, gain.tokens, num_top=state.aux.top_ids.shape[2])
   state = dataclasses.replace(
     state,
     tokens=put(state.tokens, gain.tokens),
@@ -49,12 +51,23 @@ def commit(state: DecodeState, gain: Gain) -> DecodeState:
       exit_layer=put(state.aux.exit_layer, gain.exit_layer),
       confidence=put(state.aux.confidence, gain.confidence),
       agreement=put(state.aux.agreement, gain.agreement),
-      log_prob=put(state.aux.log_prob, log_prob),
-      top_ids=put(state.aux.top_ids, top_ids),
-      top_log_probs=put(state.aux.top_log_probs, top_log_probs),
+      log_prob=put(state.aux.log_prob, scores.log_prob),
+      top_ids=put(state.aux.top_ids, scores.top_ids),
+      top_log_probs=put(state.aux.top_log_probs, scores.top_log_probs),
     ),
   )
   return state if width == 1 else _give_up_rejected(state)
+
+
+def token_scores(scores: jax.Array, tokens: jax.Array, *, num_top: int) -> TokenScores:
+  """What is recorded of `scores` `[rows, width, vocab]` that `tokens` `[rows, width]` come from."""
+  log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+  chosen = jnp.take_along_axis(log_probs, tokens[:, :, None], axis=-1)[:, :, 0]
+  if not num_top:
+    empty = jnp.zeros((*tokens.shape, 0), jnp.float32)
+    return TokenScores(chosen, empty.astype(jnp.int32), empty)
+  top_log_probs, top_ids = jax.lax.top_k(log_probs, num_top)
+  return TokenScores(chosen, top_ids.astype(jnp.int32), top_log_probs)
 
 
 def _cut_at_stop(state: DecodeState, gain: Gain) -> tuple[jax.Array, jax.Array]:
@@ -65,17 +78,6 @@ def _cut_at_stop(state: DecodeState, gain: Gain) -> tuple[jax.Array, jax.Array]:
   stops &= lane < jnp.minimum(gain.count, state.requests.budget - state.step)[:, None]
   stopped = jnp.any(stops, axis=1)
   return jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, gain.count), stopped
-
-
-def _log_probs(gain: Gain, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Log-probability of each token, and the best `num_top` with theirs."""
-  log_probs = jax.nn.log_softmax(gain.scores.astype(jnp.float32), axis=-1)
-  chosen = jnp.take_along_axis(log_probs, gain.tokens[:, :, None], axis=-1)[:, :, 0]
-  if not num_top:
-    empty = jnp.zeros((*gain.tokens.shape, 0))
-    return chosen, empty.astype(jnp.int32), empty
-  top_log_probs, top_ids = jax.lax.top_k(log_probs, num_top)
-  return chosen, top_ids.astype(jnp.int32), top_log_probs
 
 
 def _give_up_rejected(state: DecodeState) -> DecodeState:

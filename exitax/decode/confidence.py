@@ -53,6 +53,11 @@ class Confidence(enum.Enum):
     return self not in (Confidence.COSINE, Confidence.CLASSIFIER)
 
   @property
+  def reads_exit_before(self) -> bool:
+    """Whether the stream at the exit before is needed."""
+    return self is Confidence.COSINE
+
+  @property
   def reads_one_exit(self) -> bool:
     """Whether one exit's scores are all it needs, as in `__call__`."""
     return self in OF_SCORES

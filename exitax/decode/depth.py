@@ -27,12 +27,20 @@ import jax.numpy as jnp
 from flax import struct
 
 from exitax.decode.cache import KVCache
-from exitax.decode.confidence import Confidence, ExitView
+from exitax.decode.confidence import Confidence
+from exitax.decode.decide import (
+  AtExit,
+  Decision,
+  decide_at_end,
+  decide_at_exit,
+  no_decision,
+  thresholds_at,
+)
 from exitax.decode.extend import copy_state, extend
 from exitax.decode.lanes import Visibility, consecutive_lanes, mark_columns
-from exitax.decode.plan import Agreement, Gain, Record
+from exitax.decode.placement import LocalPlan
+from exitax.decode.plan import Gain, Record
 from exitax.decode.sampler import choose_tokens
-from exitax.decode.scores import head_logits, scores_dtype
 from exitax.decode.state import DecodeState
 from exitax.layers import HeadKind
 from exitax.models import ExitConfig, ExitLM, Params
@@ -47,7 +55,7 @@ class Filling(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitPlan:
+class ExitPlan(LocalPlan):
   """A `StepPlan` of one token per step, which leaves at an exit. Thresholds are data.
 
   Attributes:
@@ -123,49 +131,19 @@ def layers_with_cache(exits: tuple[ExitConfig, ...]) -> tuple[int, ...]:
 
 
 @struct.dataclass
-class Decision:
-  """Where each row stopped, and on which scores.
-
-  Attributes:
-    undecided: bool `[rows]`, active rows that no exit has stopped yet.
-    logits: `[rows, vocab]` of the exit that decided.
-    exit_layer: i32 `[rows]`, layers run before it.
-    confidence: f32 `[rows]`.
-    agreement: i32 `[rows]`, of `Agreement`.
-    stream: `[rows, embed]`, the stream at the exit that decided; for `Filling.COPIED` alone.
-    best: i32 `[rows]`, the token that the last exit ranked first; for `Confidence.PATIENCE` alone.
-    agreeing: i32 `[rows]`, how many exits in a row have ranked it first.
-  """
-
-  undecided: jax.Array
-  logits: jax.Array
-  exit_layer: jax.Array
-  confidence: jax.Array
-  agreement: jax.Array
-  stream: jax.Array
-  best: jax.Array
-  agreeing: jax.Array
-
-
-@struct.dataclass
 class _Passed:
   """What leaves a segment.
 
   Attributes:
     cache: the cache, written.
     hidden: `[rows, lanes, embed]` after the segment.
-    before: `[rows, embed]`, each row's newest lane before the segment.
-    stream: `[rows, embed]`, the same after it.
-    at_exit: `[rows, embed]`, what the exit's head reads of it: the stream, or, if the segment ends
-      at a LAYER head, its features.
+    newest: each row's newest lane before and after it.
     count: i32 `[rows]`, lanes that ran.
   """
 
   cache: KVCache
   hidden: jax.Array
-  before: jax.Array
-  stream: jax.Array
-  at_exit: jax.Array
+  newest: AtExit
   count: jax.Array
 
 
@@ -193,8 +171,8 @@ def pass_depths(
   if plan.filling is Filling.RECOMPUTED:
     # What was not filled to the last layer is run again from the first.
     state = dataclasses.replace(state, fill=jnp.broadcast_to(state.fill[:, -1:], state.fill.shape))
-  state = _mark_newest(state, active)
-  decision = _no_decision(model, active)
+  state = mark_newest(state, active)
+  decision = no_decision(model, active)
   last = len(plan.segments) - 1
   for index in range(last + 1):
     if index == 0:
@@ -211,17 +189,24 @@ def pass_depths(
     )
     state = _advance(state, index, passed)
     if index < last:
-      decision = _decide_at_exit(model, params, state, decision, passed, index, plan=plan)
+      thresholds = thresholds_at(state, index, plan.decay)
+      decision = decide_at_exit(
+        model, params, decision, passed.newest, index, thresholds=thresholds, rule=plan
+      )
     else:
-      decision = _decide_at_end(model, params, decision, passed, active, plan=plan)
+      compared = active if plan.record is Record.AGREEMENT else None
+      decision = decide_at_end(model, params, decision, passed.newest, rule=plan, compared=compared)
   return state, decision
 
 
 # Segments.
 
 
-def _mark_newest(state: DecodeState, active: jax.Array) -> DecodeState:
-  """Makes the newest token's column valid; segments hand on the entries that they write alone."""
+def mark_newest(state: DecodeState, active: jax.Array) -> DecodeState:
+  """Makes the newest token's column valid in the active rows (bool `[rows]`).
+
+  Whoever runs layers then hands on the cache entries that they write, and no columns.
+  """
   newest = consecutive_lanes(state.length - 1, active.astype(jnp.int32), num_lanes=1)
   columns = mark_columns(state.cache.columns, newest)
   return dataclasses.replace(state, cache=dataclasses.replace(state.cache, columns=columns))
@@ -259,16 +244,16 @@ def _run_segment(
       model, params, cache, inputs[:, :num_lanes], lanes, layers=layers, visibility=visibility
     )
     features = after.head_features.get(layers.stop, after.hidden)
-    newest = jnp.maximum(count - 1, 0)[:, None, None]
-    ends = [
-      jnp.take_along_axis(array, newest, axis=1)[:, 0]
-      for array in (inputs[:, :num_lanes], after.hidden, features)
-    ]
-    return *_entries(after.cache, layers), after.hidden, *ends
+    last = jnp.maximum(count - 1, 0)[:, None, None]
+    newest = jax.tree.map(
+      lambda array: jnp.take_along_axis(array, last, axis=1)[:, 0],
+      AtExit(before=inputs[:, :num_lanes], stream=after.hidden, features=features),
+    )
+    return *_entries(after.cache, layers), after.hidden, newest
 
   if index == 0 and inputs.shape[1] == 1:
     count = active.astype(jnp.int32)
-    entries, head, hidden, *ends = run(1, count, *_entries(state.cache, layers))
+    entries, head, hidden, newest = run(1, count, *_entries(state.cache, layers))
   else:
     widths = jnp.asarray(plan.lane_buckets)
     largest = jnp.max(jnp.where(needs, waiting, 0))
@@ -277,26 +262,24 @@ def _run_segment(
     count = jnp.where(runs, waiting, 0)
 
     def run_bucket(num_lanes: int, carry: Any) -> Any:
-      entries, head, hidden, *_ = carry
-      entries, head, ran, *ends = run(num_lanes, count, entries, head)
-      return entries, head, jax.lax.dynamic_update_slice(hidden, ran, (0, 0, 0)), *ends
+      entries, head, hidden, _ = carry
+      entries, head, ran, newest = run(num_lanes, count, entries, head)
+      return entries, head, jax.lax.dynamic_update_slice(hidden, ran, (0, 0, 0)), newest
 
     nothing = jnp.zeros_like(inputs[:, 0])
-    carry = (*_entries(state.cache, layers), jnp.zeros_like(inputs), nothing, nothing, nothing)
+    newest = AtExit(before=nothing, stream=nothing, features=nothing)
+    carry = (*_entries(state.cache, layers), jnp.zeros_like(inputs), newest)
     for i, num_lanes in enumerate(plan.lane_buckets):
       carry = run_if(
         (largest > 0) & (bucket == i),
         lambda carry, lanes=num_lanes: run_bucket(lanes, carry),
         carry,
       )
-    entries, head, hidden, *ends = carry
-  before, stream, at_exit = ends
+    entries, head, hidden, newest = carry
   return _Passed(
     cache=_with_entries(state.cache, layers, entries, head),
     hidden=hidden,
-    before=before,
-    stream=stream,
-    at_exit=at_exit,
+    newest=newest,
     count=count,
   )
 
@@ -368,169 +351,6 @@ def _push(buffer: jax.Array, filled: jax.Array, new: jax.Array, count: jax.Array
   shifted = jax.vmap(lambda row, index: row[index])(new, source)
   is_new = (offset >= 0) & (offset < count[:, None])
   return jnp.where(is_new[:, :, None], shifted, buffer)
-
-
-# Decisions.
-
-
-def _no_decision(model: ExitLM, active: jax.Array) -> Decision:
-  shape, config = active.shape, model.config
-  return Decision(
-    undecided=active,
-    logits=jnp.zeros((*shape, config.vocab_size), scores_dtype(model)),
-    exit_layer=jnp.zeros(shape, jnp.int32),
-    confidence=jnp.zeros(shape, jnp.float32),
-    agreement=jnp.full(shape, Agreement.UNKNOWN, jnp.int32),
-    stream=jnp.zeros((*shape, config.embed_dim), config.precision.dtype),
-    best=jnp.full(shape, -1, jnp.int32),
-    agreeing=jnp.zeros(shape, jnp.int32),
-  )
-
-
-def _decide_at_exit(
-  model: ExitLM,
-  params: Params,
-  state: DecodeState,
-  decision: Decision,
-  passed: _Passed,
-  index: int,
-  *,
-  plan: ExitPlan,
-) -> Decision:
-  """Stops the rows that are confident enough.
-
-  Scores cost a vocabulary matrix: they are made if a row might need them to decide, or, where the
-  confidence does not read scores, if some row stops.
-  """
-  thresholds = thresholds_at(state, index, plan.decay)
-  undecided = decision.undecided
-  if plan.confidence.reads_scores:
-    # Thresholds of 1 are never met: rows that ask for full depth pay for no other scores.
-    could_stop = undecided & (thresholds < 1.0) if plan.confidence.reads_one_exit else undecided
-    logits = _logits_if(model, params, jnp.any(could_stop), passed, index, plan=plan)
-    decision = _count_agreeing(decision, logits, plan=plan)
-    confidence = _confidence(params, decision, passed, logits, index, plan=plan)
-    stops = undecided & (confidence > thresholds)
-  else:
-    confidence = _confidence(params, decision, passed, None, index, plan=plan)
-    stops = undecided & (confidence > thresholds)
-    logits = _logits_if(model, params, jnp.any(stops), passed, index, plan=plan)
-  return _take(decision, stops, logits, confidence, passed.stream, plan.exits[index].layer)
-
-
-def _decide_at_end(
-  model: ExitLM,
-  params: Params,
-  decision: Decision,
-  passed: _Passed,
-  active: jax.Array,
-  *,
-  plan: ExitPlan,
-) -> Decision:
-  compares = plan.record is Record.AGREEMENT
-  wanted = active if compares else decision.undecided
-  logits = _logits_if(model, params, jnp.any(wanted), passed, len(plan.exits), plan=plan)
-  decision = _count_agreeing(decision, logits, plan=plan)
-  confidence = _confidence(params, decision, passed, logits, len(plan.exits), plan=plan)
-  ends_here = decision.undecided
-  decision = _take(decision, ends_here, logits, confidence, passed.stream, plan.num_layers)
-  agreement = jnp.where(ends_here, Agreement.SAME, decision.agreement)
-  if compares:
-    same = jnp.argmax(decision.logits, axis=-1) == jnp.argmax(logits, axis=-1)
-    agreement = jnp.where(same, Agreement.SAME, Agreement.DIFFERENT)
-  return dataclasses.replace(decision, agreement=agreement)
-
-
-def thresholds_at(state: DecodeState, index: int, decay: float) -> jax.Array:
-  """Thresholds of exit `index` for the next token, f32 `[rows]`.
-
-  CALM's decay (arXiv 2207.07061, section 3.5): 0.9 T + 0.1 T exp(-decay t / N) at token t of a
-  budget of N, so that early tokens, on which all others build, are judged more strictly. A threshold
-  of 1 stays 1: it never exits.
-  """
-  thresholds = jnp.asarray(state.requests.thresholds)[:, index]
-  if not decay:
-    return thresholds
-  fraction = state.step / jnp.asarray(state.requests.budget)
-  decayed = thresholds * (0.9 + 0.1 * jnp.exp(-decay * fraction))
-  return jnp.where(thresholds < 1.0, decayed, thresholds)
-
-
-def _confidence(
-  params: Params,
-  decision: Decision,
-  passed: _Passed,
-  logits: jax.Array | None,
-  index: int,
-  *,
-  plan: ExitPlan,
-) -> jax.Array:
-  """f32 `[rows]`. A learned classifier judges exits only: the final layer's is 1."""
-  measure, final = plan.confidence, index == len(plan.exits)
-  if measure is Confidence.CLASSIFIER and final:
-    return jnp.ones(decision.undecided.shape, jnp.float32)
-  classifier = None
-  if measure is Confidence.CLASSIFIER:
-    classifier = params['confidence'][str(plan.exits[index].layer)]
-  view = ExitView(
-    scores=logits,
-    before=passed.before,
-    stream=passed.stream,
-    agreeing=decision.agreeing,
-    patience=plan.patience,
-    classifier=classifier,
-  )
-  return measure.of_exit(view).astype(jnp.float32)
-
-
-def _count_agreeing(decision: Decision, logits: jax.Array, *, plan: ExitPlan) -> Decision:
-  """Exits in a row, this one included, that rank the same token first."""
-  if plan.confidence is not Confidence.PATIENCE:
-    return decision
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  agreeing = jnp.where(best == decision.best, decision.agreeing + 1, 1)
-  return dataclasses.replace(decision, best=best, agreeing=agreeing)
-
-
-def _take(
-  decision: Decision,
-  stops: jax.Array,
-  logits: jax.Array,
-  confidence: jax.Array,
-  stream: jax.Array,
-  layer: int,
-) -> Decision:
-  return dataclasses.replace(
-    decision,
-    undecided=decision.undecided & ~stops,
-    logits=jnp.where(stops[:, None], logits, decision.logits),
-    exit_layer=jnp.where(stops, layer, decision.exit_layer),
-    confidence=jnp.where(stops, confidence, decision.confidence),
-    stream=jnp.where(stops[:, None], stream, decision.stream),
-  )
-
-
-def _logits_if(
-  model: ExitLM,
-  params: Params,
-  wanted: Any,
-  passed: _Passed,
-  index: int,
-  *,
-  plan: ExitPlan,
-) -> jax.Array:
-  """Scores `[rows, vocab]` of the exit after segment `index`; zeros, unread, if nobody wants them."""
-  exit_config = plan.exits[index] if index < len(plan.exits) else None
-
-  def score() -> jax.Array:
-    return head_logits(model, params, exit_config, passed.at_exit)
-
-  # The only head is always wanted.
-  if wanted is True or not plan.exits:
-    return score()
-  shape = (passed.at_exit.shape[0], model.config.vocab_size)
-  nothing = jnp.zeros(shape, scores_dtype(model))
-  return jnp.asarray(jax.lax.cond(wanted, score, lambda: nothing))
 
 
 # Helpers.

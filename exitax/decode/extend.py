@@ -61,25 +61,35 @@ def extend(
   filled, heads = list(cache.layers), dict(cache.heads)
   head_features: dict[int, jax.Array] = {}
 
-  def attend_to(entry: LayerCache) -> AttendFn:
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-      written = write_layer(entry, key, value, lanes)
-      return cached_attention(query, written.key, written.value, mask), written
-
-    return attend
-
   for layer in layers:
-    attend = attend_to(filled[layer])
+    attend = cached_attend(filled[layer], lanes, mask)
     hidden, (filled[layer],) = model.run_layers(
       params, hidden, layers=range(layer, layer + 1), rotary=rotary, attend=(attend,)
     )
     depth = layer + 1
     if depth in heads:
+      attend = cached_attend(heads[depth], lanes, mask)
       head_features[depth], heads[depth] = model.exit_features(
-        params, _exit_at(model, depth), hidden, rotary=rotary, attend=attend_to(heads[depth])
+        params, _exit_at(model, depth), hidden, rotary=rotary, attend=attend
       )
   cache = dataclasses.replace(cache, layers=tuple(filled), heads=heads, columns=columns)
   return Extension(hidden=hidden, cache=cache, head_features=head_features)
+
+
+def cached_attend(entry: LayerCache, lanes: Lanes, mask: jax.Array) -> AttendFn:
+  """An `AttendFn` that caches the lanes in `entry`, attends over it and returns it.
+
+  Args:
+    entry: filled up to these lanes.
+    lanes: where the tokens stand.
+    mask: bool `[rows, lanes, capacity]`, the columns that each lane sees.
+  """
+
+  def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+    written = write_layer(entry, key, value, lanes)
+    return cached_attention(query, written.key, written.value, mask), written
+
+  return attend
 
 
 def copy_state(

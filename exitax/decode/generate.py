@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from exitax.decode.confidence import Confidence
 from exitax.decode.lanes import Causal
-from exitax.decode.loop import prefill_chunk, run_steps
+from exitax.decode.loop import run_steps
 from exitax.decode.plan import StepPlan
 from exitax.decode.policies import ExitPolicy, FullDepth
 from exitax.decode.results import GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler
 from exitax.decode.state import NO_TOKEN, DecodeState, Requests, init_state
 from exitax.errors import UserError
-from exitax.layers import Int8, join_linears, platform, quantise_matrices
 from exitax.models import ExitLM, ModelConfig, Params
 
 # Capacities are multiples of it, so that prompts of similar length share compiled programs.
@@ -43,7 +40,8 @@ def generate(
 
   Args:
     model: the model.
-    params: its parameters, stacked or (faster over many calls) after `prepare_params`.
+    params: its parameters, stacked or (faster over many calls) prepared: see `prepare_params`, and
+      `Placement.prepare_params` for a pipeline.
     prompts: token ids, at least one each.
     max_new_tokens: tokens to generate per prompt at most.
     policy: where tokens may leave the stack of layers.
@@ -59,7 +57,7 @@ def generate(
   state, run = _start(
     model, params, prompts, max_new_tokens, policy, sampler, stop_tokens, seed, prefill_chunk
   )
-  state = run(state, max_new_tokens)
+  state = run(state, max_new_tokens * run.plan.placement.steps_per_token)
   return GenerateResult(completions_since(state, np.zeros(len(prompts), np.int32)))
 
 
@@ -76,47 +74,17 @@ def stream(
   prefill_chunk: int = PREFILL_CHUNK,
   tokens_per_event: int = 1,
 ) -> Iterator[StreamEvent]:
-  """Yields what `generate` returns, `tokens_per_event` tokens per row at a time, while it comes."""
+  """Yields what `generate` returns, while it comes.
+
+  An event comes every `tokens_per_event` steps: that many tokens per row, more if steps speculate,
+  fewer in a pipeline whose tokens pass several stages. No event is empty.
+  """
   if tokens_per_event < 1:
     raise UserError(f'tokens_per_event={tokens_per_event} must be at least 1')
   state, run = _start(
     model, params, prompts, max_new_tokens, policy, sampler, stop_tokens, seed, prefill_chunk
   )
   return _events(state, run, tokens_per_event)
-
-
-class WeightFormat(enum.Enum):
-  """How matrices are kept for decoding."""
-
-  COMPUTE = 'compute'  # In the format of the computation.
-  INT8 = 'int8'  # 8 bits and a scale per output channel (vocabulary: per row). Approximate.
-
-
-def prepare_params(
-  model: ExitLM, params: Params, *, weights: WeightFormat = WeightFormat.COMPUTE
-) -> Params:
-  """Parameters as decoding reads them: one tree per layer, matrices in the format asked for.
-
-  Maps of one input are joined, unless the ambient mesh spreads them over devices. `generate` does
-  it on every call; do it once to keep the copy. Does nothing the second time.
-  """
-  dtype = model.config.precision.dtype
-
-  def cast(path: Any, leaf: jax.Array) -> jax.Array:
-    is_matrix = getattr(path[-1], 'key', '') in ('kernel', 'matrix')
-    return leaf.astype(dtype) if is_matrix and leaf.dtype != dtype else leaf
-
-  if _has_int8(params):
-    return params
-  prepared = jax.tree_util.tree_map_with_path(cast, model.unstack(params))
-  if not platform.partitioned():
-    prepared = {name: join_linears(part) for name, part in prepared.items()}
-  return quantise_matrices(prepared) if weights is WeightFormat.INT8 else prepared
-
-
-def _has_int8(params: Params) -> bool:
-  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))
-  return any(isinstance(leaf, Int8) for leaf in leaves)
 
 
 def begin(
@@ -151,10 +119,14 @@ def begin(
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt)] = prompt
   state = init_state(config, plan, tokens=tokens, prompt_length=lengths, requests=requests)
-  visibility = Causal(config.sliding_window)
-  for _ in range(num_chunks):
-    state = prefill_chunk(model, params, state, chunk=chunk, visibility=visibility)
-  return state
+  return plan.placement.prefill(
+    model,
+    params,
+    state,
+    num_chunks=num_chunks,
+    chunk=chunk,
+    visibility=Causal(config.sliding_window),
+  )
 
 
 def make_requests(
@@ -227,7 +199,7 @@ def _start(
     seeds=_per_row('seed', range(seed, seed + rows) if isinstance(seed, int) else seed, rows),
     budgets=[max_new_tokens] * rows,
   )
-  params = prepare_params(model, params)
+  params = policy.plan(config).placement.prepare_params(model, params)
   state = begin(
     model,
     params,
@@ -244,6 +216,8 @@ def _events(state: DecodeState, run: _Run, tokens_per_event: int) -> Iterator[St
   seen = np.zeros(state.step.shape, np.int32)
   while not np.all(state.done):
     state = run(state, tokens_per_event)
+    if np.array_equal(state.step, seen):
+      continue  # Tokens are on their way through a pipeline.
     event = StreamEvent(completions_since(state, seen))
     seen = np.array(state.step)
     yield event

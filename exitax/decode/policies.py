@@ -9,10 +9,13 @@ from exitax.decode.acceptance import Acceptance
 from exitax.decode.confidence import OF_SCORES, Confidence
 from exitax.decode.depth import ExitPlan, Filling
 from exitax.decode.draft_choice import DraftCosts, draft_buckets, estimate_costs
+from exitax.decode.pipeline import PipelinePlan
 from exitax.decode.plan import Record, StepPlan
 from exitax.decode.speculation import DraftPlan
+from exitax.decode.stage_placement import StagedPlacement
 from exitax.errors import UserError
-from exitax.models import ExitConfig, ModelConfig
+from exitax.models import ExitConfig, ModelConfig, plan_stages
+from exitax.parallel import PIPELINE_AXIS, TENSOR_AXIS, mesh_sizes
 
 MAX_DRAFTS = 31  # Lanes are padded to a power of 2; more would rarely all be accepted.
 
@@ -52,7 +55,7 @@ class FullDepth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThresholdExit:
-  """Stops at the first exit that is confident enough: what the three policies below share.
+  """Stops at the first exit that is confident enough: what the four policies below share.
 
   Attributes:
     threshold: in [0, 1], one for all exits or one per exit. Confidence must be above it: 1.0 never
@@ -94,10 +97,7 @@ class ThresholdExit:
   ) -> ExitPlan:
     if pending_capacity < 1:
       raise UserError(f'pending_capacity={pending_capacity} must be at least 1')
-    if self.patience < 1:
-      raise UserError(f'patience={self.patience} must be at least 1')
-    if not self.decay >= 0.0:
-      raise UserError(f'decay={self.decay} must be 0 (thresholds stay) or more; CALM uses 4')
+    self._check_measure()
     return ExitPlan(
       exits=chosen_exits(config, self.layers),
       num_layers=config.num_layers,
@@ -110,6 +110,12 @@ class ThresholdExit:
       record=record,
       num_top=self.num_top,
     )
+
+  def _check_measure(self) -> None:
+    if self.patience < 1:
+      raise UserError(f'patience={self.patience} must be at least 1')
+    if not self.decay >= 0.0:
+      raise UserError(f'decay={self.decay} must be 0 (thresholds stay) or more; CALM uses 4')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +175,42 @@ class CopyStateExit(ThresholdExit):
   def plan(self, config: ModelConfig) -> ExitPlan:
     """The static part; raises as `DeferredExit.plan`."""
     return self._plan(config, Filling.COPIED, 1, Record.DECISION)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineExit(ThresholdExit):
+  """Stages of a `pipeline` mesh axis: the next token starts while deep layers fill (EE-LLM, 4.2).
+
+  The same tokens as `DeferredExit` at the same thresholds. A step is a tick of all stages at once, and
+  a token takes as many ticks as the stage of its exit is deep, whatever was skipped before it. Used
+  under the mesh that it is to run on; parameters and caches of a stage lie on its devices alone.
+
+  Attributes:
+    layers_per_stage: layers of each stage; None cuts evenly. A cut right behind an exit makes its
+      tokens pass one stage less.
+  """
+
+  layers_per_stage: tuple[int, ...] | None = None
+
+  def plan(self, config: ModelConfig) -> PipelinePlan:
+    """The static part, for the ambient mesh.
+
+    Raises:
+      UserError: no mesh, one that shares heads over `tensor`, more stages than layers, an exit that
+        the model lacks.
+    """
+    self._check_measure()
+    exits = chosen_exits(config, self.layers)
+    stages = plan_stages(config, num_stages=_num_stages(), layers_per_span=self.layers_per_stage)
+    return PipelinePlan(
+      exits=exits,
+      num_layers=config.num_layers,
+      confidence=self.confidence,
+      patience=self.patience,
+      decay=self.decay,
+      num_top=self.num_top,
+      stages=StagedPlacement(stages=stages, exits=exits),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,6 +313,21 @@ def chosen_exits(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[E
       listed = ', '.join(map(str, known)) or 'none'
       raise UserError(f'no exit at layer {layer}: the model has exits at layers {listed}')
   return tuple(known[layer] for layer in sorted(set(layers)))
+
+
+def _num_stages() -> int:
+  sizes = mesh_sizes()
+  if PIPELINE_AXIS not in sizes:
+    raise UserError(
+      'strategy=pipeline runs on a mesh with a pipeline axis, and there is none: load the model with '
+      'mesh=MeshConfig(pipeline=2), or add --gin.MeshConfig.pipeline=2'
+    )
+  if sizes.get(TENSOR_AXIS, 1) > 1:
+    raise UserError(
+      f'mesh tensor={sizes[TENSOR_AXIS]}: strategy=pipeline has whole layers on each device: set '
+      'tensor=1, or use strategy=deferred on this mesh'
+    )
+  return sizes[PIPELINE_AXIS]
 
 
 def lane_buckets(capacity: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from exitax.decode.depth import cut_at_exits, layers_with_cache, run_if
 from exitax.decode.draft_choice import DraftCosts, DraftStats, choose_draft, no_stats
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
+from exitax.decode.placement import LocalPlan
 from exitax.decode.plan import Agreement, Gain
 from exitax.decode.sampler import choose_tokens
 from exitax.decode.scores import head_logits, scores_dtype
@@ -47,7 +48,7 @@ FORCED = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftPlan:
+class DraftPlan(LocalPlan):
   """A `StepPlan` of one round of speculation per step: up to `max_drafts + 1` tokens, losslessly.
 
   Attributes:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from exitax.decode.cache import KVCache, init_cache
+from exitax.decode.cache import KVCache
 from exitax.decode.plan import Agreement, StepPlan
 from exitax.models import ModelConfig
 
@@ -94,7 +94,8 @@ class DecodeState:
     requests: settings.
     fill: i32 `[rows, num_segments]`, tokens cached in each segment of layers; falls along a row.
     pending: for each segment after the first, `[rows, pending_capacity, embed]`: its inputs for the
-      tokens `fill[s] .. fill[s - 1] - 1`, from index 0; the rest is stale.
+      tokens `fill[s] .. fill[s - 1] - 1`, from index 0; the rest is stale. (A pipeline has one array
+      `[rows, stages, embed]`: each stage holds what it is to run next.)
     aux: arrays that belong to the policies.
   """
 
@@ -134,10 +135,9 @@ def init_state(
     requests: settings.
   """
   rows, capacity = tokens.shape
-  segments = len(plan.segments)
-  pending_shape = (rows, plan.pending_capacity, config.embed_dim)
+  placement, segments = plan.placement, len(plan.segments)
   return DecodeState(
-    cache=init_cache(config, rows=rows, capacity=capacity, head_layers=plan.head_layers),
+    cache=placement.init_cache(config, rows=rows, capacity=capacity, head_layers=plan.head_layers),
     tokens=jnp.asarray(tokens, jnp.int32),
     prompt_length=jnp.asarray(prompt_length, jnp.int32),
     step=jnp.zeros((rows,), jnp.int32),
@@ -145,7 +145,7 @@ def init_state(
     stop_reason=jnp.zeros((rows,), jnp.int32),
     requests=jax.tree.map(jnp.asarray, requests),
     fill=jnp.zeros((rows, segments), jnp.int32),
-    pending=tuple(jnp.zeros(pending_shape, config.precision.dtype) for _ in range(segments - 1)),
+    pending=placement.init_pending(config, plan, rows=rows),
     aux=ExitRecord(
       exit_layer=jnp.zeros((rows, capacity), jnp.int32),
       confidence=jnp.zeros((rows, capacity), jnp.float32),

@@ -12,6 +12,7 @@ from exitax.decode.policies import (
   DeferredExit,
   ExitPolicy,
   FullDepth,
+  PipelineExit,
   RecomputeExit,
   Speculative,
 )
@@ -27,6 +28,7 @@ class Strategy(enum.Enum):
   RECOMPUTE = (
     'recompute'  # Exits at thresholds; later tokens run again. Exact caches, for comparison.
   )
+  PIPELINE = 'pipeline'  # Exits at thresholds; stages of a mesh work on several tokens. Exact.
   COPY_STATE = 'copy_state'  # Exits at thresholds; deep keys from the exit's stream. Approximate.
   SPECULATIVE = 'speculative'  # Drafts at exits, verified: the tokens of FULL.
 
@@ -117,6 +119,7 @@ class StrategySettings:
     kinds = {
       Strategy.DEFERRED: DeferredExit,
       Strategy.RECOMPUTE: RecomputeExit,
+      Strategy.PIPELINE: PipelineExit,
       Strategy.COPY_STATE: CopyStateExit,
     }
     return kinds[strategy](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,13 +21,13 @@ from exitax.decode import (
   Completion,
   Confidence,
   ExitPolicy,
+  Placement,
   Sampler,
   StopReason,
   Strategy,
   StrategySettings,
   WeightFormat,
   generate,
-  prepare_params,
   stream,
 )
 from exitax.errors import UserError, choose
@@ -58,7 +59,7 @@ def load(
   Args:
     model_dir: the directory.
     step: which checkpoint; the latest by default.
-    mesh: devices to use; the first one by default.
+    mesh: devices to use; the first one by default. `pipeline` stages are for `strategy='pipeline'`.
     rules: how parameters lie on them.
     weights: 'compute', or 'int8' to generate with matrices of 8 bits (a quarter of the memory of float32, and an
       approximation; scores are those of the full ones).
@@ -66,12 +67,24 @@ def load(
   Raises:
     UserError: the directory holds no model, or a damaged one.
   """
-  size = abs(mesh.data * mesh.pipeline * mesh.tensor)
-  devices = jax.devices()[:size] if mesh.data > 0 else None
-  device_mesh = make_mesh(mesh, devices)
+  device_mesh = _mesh_of(mesh)
   loaded = load_model(model_dir, mesh=device_mesh, rules=rules, step=step)
   weights = choose(WeightFormat, weights, name='weights')
   return LanguageModel(loaded, mesh=device_mesh, rules=rules, weights=weights)
+
+
+def _mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
+  """A mesh of the first devices, as many as it has places; of all if an axis takes what is left."""
+  sizes, devices = config.sizes.values(), jax.devices()
+  if any(size < 1 for size in sizes):  # -1, or a size that `make_mesh` refuses.
+    return make_mesh(config)
+  size = math.prod(sizes)
+  if size > len(devices):
+    raise UserError(
+      f'mesh {config} needs {size} devices and there {"is" if len(devices) == 1 else "are"} '
+      f'{len(devices)}: make it smaller, or try it on a CPU with --emulate_devices={size}'
+    )
+  return make_mesh(config, devices[:size])
 
 
 class LanguageModel:
@@ -87,7 +100,7 @@ class LanguageModel:
   ) -> None:
     self._loaded, self._weights = loaded, weights
     self._mesh, self._rules = mesh, rules
-    self._decode_params: Params | None = None
+    self._decode_params: dict[Placement, Params] = {}
     self._score_fn = jax.jit(make_score_fn(loaded.model))
 
   def __repr__(self) -> str:
@@ -190,8 +203,9 @@ class LanguageModel:
     Args:
       prompts: one text or several; several are decoded as one batch in which each exits by itself.
       max_new_tokens: tokens per prompt at most.
-      strategy: 'full', 'deferred', 'recompute', 'copy_state' or 'speculative'; None takes 'deferred' if
-        there is a threshold, else 'speculative' (the tokens of 'full', sooner) if there are exits.
+      strategy: 'full', 'deferred', 'recompute', 'pipeline' (on a mesh with stages), 'copy_state' or
+        'speculative'; None takes 'deferred' if there is a threshold, else 'speculative' (the tokens of
+        'full', sooner) if there are exits.
       threshold: exit where the confidence is above it, in [0, 1]; one for all exits or one each;
         'certified' for the one that `exitax calibrate` has certified.
       confidence: 'max_prob' (the default), 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
@@ -205,13 +219,14 @@ class LanguageModel:
         the context, a request that the certificate does not speak of.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    policy = policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler)
     with use(self._mesh, self._rules):
       result = generate(
         self._loaded.model,
-        self._prepared(),
+        self._prepared(policy),
         [encode_prompt(self.tokenizer, text) for text in texts],
         max_new_tokens=max_new_tokens,
-        policy=policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler),
+        policy=policy,
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
@@ -236,13 +251,14 @@ class LanguageModel:
   ) -> Iterator[TextEvent]:
     """Yields the tokens of one continuation as they are chosen; arguments as `generate`."""
     decoder = StreamDecoder(self.tokenizer)
+    policy = policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler)
     with use(self._mesh, self._rules):
       events = stream(
         self._loaded.model,
-        self._prepared(),
+        self._prepared(policy),
         [encode_prompt(self.tokenizer, prompt)],
         max_new_tokens=max_new_tokens,
-        policy=policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler),
+        policy=policy,
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
@@ -310,15 +326,17 @@ class LanguageModel:
     )
     return settings.policy(self.config)
 
-  def _prepared(self) -> Params:
-    if self._decode_params is None:
+  def _prepared(self, policy: ExitPolicy) -> Params:
+    """Parameters for a policy, under the model's mesh; kept for those that lie alike."""
+    placement = policy.plan(self.config).placement
+    if placement not in self._decode_params:
       loaded = self._loaded
-      prepared = prepare_params(loaded.model, self.params, weights=self._weights)
+      prepared = placement.prepare_params(loaded.model, self.params, weights=self._weights)
       classifiers = load_classifiers(loaded.directory, step=loaded.step)
       if classifiers is not None:
         prepared = {**prepared, 'confidence': classifiers}
-      self._decode_params = prepared
-    return self._decode_params
+      self._decode_params[placement] = prepared
+    return self._decode_params[placement]
 
   def _as_text(self, prompt: str, completion: Completion) -> TextCompletion:
     tokens = completion.tokens.tolist()

@@ -10,11 +10,20 @@ from exitax.parallel.agreement import (
   from_main_process,
   raise_together,
 )
+from exitax.parallel.announcement import announce
 from exitax.parallel.batch_blocks import BatchBlocks, batch_blocks
 from exitax.parallel.bubble_filling import fill_bubbles, max_extras
 from exitax.parallel.chips import CHIPS, Chip, find_chip, measure_matmul_flops, peak_flops
 from exitax.parallel.collectives import Collective, collectives_in
-from exitax.parallel.constraint import constrain, current_rules, per_shard, shards_of, use
+from exitax.parallel.constraint import (
+  ambient_spec,
+  constrain,
+  current_rules,
+  mesh_sizes,
+  per_shard,
+  shards_of,
+  use,
+)
 from exitax.parallel.distributed import ProcessConfig, join_processes, leave
 from exitax.parallel.emulation import COLLECTIVES_IN_ORDER, emulate_devices
 from exitax.parallel.exchange import gather_parameter, gather_stages, reduce_gradient
@@ -87,8 +96,10 @@ __all__ = [
   'check_divisible',
   'logical_to_spec',
   # Ambient mesh and rules.
+  'ambient_spec',
   'constrain',
   'current_rules',
+  'mesh_sizes',
   'per_shard',
   'shards_of',
   'use',
@@ -122,6 +133,7 @@ __all__ = [
   'WorkItem',
   'WorkKind',
   'WorkTable',
+  'announce',
   'bubble_formula',
   'fill_bubbles',
   'forward_schedule',

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from exitax.parallel.rules import ShardingRules, check_rank, even_spec, logical_to_spec
 
@@ -51,6 +51,24 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
   if set(mesh.manual_axes) == set(mesh.axis_names):
     return x
   return jax.lax.with_sharding_constraint(x, even_spec(x.shape, logical_axes, mesh, rules))
+
+
+def ambient_spec(shape: Sequence[int], logical_axes: Sequence[str | None]) -> PartitionSpec:
+  """How `constrain` lays out an array of that shape: for the specs of `jax.shard_map`.
+
+  Raises:
+    RuntimeError: there is no ambient mesh.
+  """
+  rules, mesh = current_rules(), jax.sharding.get_abstract_mesh()
+  if rules is None or mesh.empty:
+    raise RuntimeError('no ambient mesh: enter use(mesh, rules)')
+  return even_spec(shape, logical_axes, mesh, rules)
+
+
+def mesh_sizes() -> dict[str, int]:
+  """Size of every axis of the ambient mesh; empty outside of `use`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {} if current_rules() is None or mesh.empty else dict(mesh.shape)
 
 
 def shards_of(logical_axis: str) -> int:

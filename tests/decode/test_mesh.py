@@ -1,16 +1,28 @@
 import jax
+import numpy as np
 import pytest
 
 from exitax import decode, parallel
 from exitax.layers import HeadKind
 
+POLICIES = {
+  'full': decode.FullDepth(),
+  'deferred': decode.DeferredExit(threshold=(0.55, 0.5), pending_capacity=4),
+  'recompute': decode.RecomputeExit(threshold=(0.55, 0.5), pending_capacity=2),
+  'copy_state': decode.CopyStateExit(threshold=(0.55, 0.5)),
+  'speculative': decode.Speculative(max_drafts=3),
+}
+# Every strategy on one mesh, the one with most waiting tokens on another as well.
+PLACES = [*((name, 2) for name in POLICIES), ('deferred', 4)]
 
-@pytest.mark.parametrize('tensor', [2, 4], ids=['data4_tensor2', 'data2_tensor4'])
-def test_decoding_on_a_mesh_equals_one_device(tiny, prompts, tensor):
+
+@pytest.mark.parametrize(
+  ('name', 'tensor'), PLACES, ids=[f'{name}_data{8 // t}_tensor{t}' for name, t in PLACES]
+)
+def test_decoding_on_a_mesh_equals_one_device(tiny, prompts, name, tensor):
   """Rows over data, heads over tensor, parameters sharded as in training (FSDP and tensor)."""
   model, params = tiny(HeadKind.LAYER)
-  policy = decode.DeferredExit(threshold=(0.55, 0.5), pending_capacity=4)
-  settings = {'max_new_tokens': 24, 'policy': policy}
+  settings = {'max_new_tokens': 24, 'policy': POLICIES[name]}
   alone = decode.generate(model, params, prompts, **settings)
   mesh = parallel.make_mesh(parallel.MeshConfig(tensor=tensor))
   rules = parallel.ShardingRules()
@@ -19,3 +31,5 @@ def test_decoding_on_a_mesh_equals_one_device(tiny, prompts, tensor):
   with parallel.use(mesh, rules):
     spread = decode.generate(model, jax.device_put(params, shardings), prompts, **settings)
   assert spread.tokens == alone.tokens
+  for a, b in zip(alone.completions, spread.completions, strict=True):
+    np.testing.assert_array_equal(a.exit_layers, b.exit_layers)
