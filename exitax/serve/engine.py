@@ -25,8 +25,10 @@ from exitax.serve.refusals import Refusal, unavailable
 _log = logging.getLogger(__name__)
 
 # Steps between two looks at the outside: as many as fit in this time, MAX_STEPS at most.
-TURN_SECONDS = 0.02
+TURN_SECONDS = 0.05
 MAX_STEPS = 8
+# Windows of prompt tokens that running rows wait for, at most, in a turn.
+MAX_WINDOWS = 4
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -214,8 +216,12 @@ class Engine:
         self._slots[number] = None
 
   def _admit(self) -> None:
-    """Prefills and inserts: one window of prompt tokens while rows run, as needed while none does."""
-    lanes = WINDOWS[-1]
+    """Prefills and inserts: as needed while no row runs, else one window of prompt tokens.
+
+    With many slots free it is up to `MAX_WINDOWS`: steps cost the same for few rows as for many.
+    """
+    free = self._slots.count(None)
+    lanes = WINDOWS[-1] * int(np.clip(free // 2, 1, MAX_WINDOWS))
     while lanes > 0 or not any(self._slots):
       if not self._held:
         taken = self._room.take()
@@ -265,7 +271,7 @@ class Engine:
   def _step(self, plan: StepPlan, numbers: Sequence[int], *, share: float) -> None:
     """Advances rows of one plan for about `share` seconds."""
     start, expected = self._clock(), self._step_seconds[plan]
-    num_steps = int(np.clip(share / max(expected, 1e-6), 1, MAX_STEPS))
+    num_steps = int(np.clip(round(share / max(expected, 1e-6)), 1, MAX_STEPS))
     self._batch.run(plan, num_steps, numbers)
     took = (self._clock() - start) / num_steps
     self._step_seconds[plan] = expected + 0.2 * (took - expected)
