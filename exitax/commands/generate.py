@@ -60,6 +60,7 @@ class GenerateConfig:
     num_drafts: drafts of every round of speculation; None chooses.
     acceptance: 'coupled' (a seed gives the text of full depth) or 'rejection' (accepts more).
     weights: 'compute', or 'int8': matrices in 8 bits, an approximation.
+    kv_cache: 'compute', or 'int8': keys and values in 8 bits, an approximation.
     temperature: 0 is greedy.
     top_k: keeps the k best tokens; 0 keeps all.
     top_p: keeps the fewest tokens whose probabilities reach it; 1 keeps all.
@@ -77,6 +78,7 @@ class GenerateConfig:
   num_drafts: int | None = None
   acceptance: str = 'coupled'
   weights: str = 'compute'
+  kv_cache: str = 'compute'
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
@@ -161,6 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   exits.add_argument('--depths', action='store_true', help='list tokens with layer and confidence')
   parser.add_argument('--weights', metavar='FORMAT', help='compute (the default) or int8')
+  parser.add_argument('--kv_cache', metavar='FORMAT', help='compute (the default) or int8')
   sampling = parser.add_argument_group('sampling')
   sampling.add_argument('--temperature', type=float, help='0, the default, is greedy')
   sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
@@ -184,7 +187,9 @@ def run(flags: argparse.Namespace) -> int:
   config = flag_groups.override(gin_config.build(GenerateConfig), flags)
   prompts = _prompts(flags)
   mesh = gin_config.build(MeshConfig)
-  model = load(flags.model_dir, step=flags.step, mesh=mesh, weights=config.weights)
+  model = load(
+    flags.model_dir, step=flags.step, mesh=mesh, weights=config.weights, kv_cache=config.kv_cache
+  )
   settings = config.settings(model)
   console = Console(highlight=False, soft_wrap=True)
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):

@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='max_prob (the default), margin, entropy, patience, cosine or classifier',
   )
   parser.add_argument('--weights', metavar='FORMAT', help='compute (the default) or int8')
+  parser.add_argument('--kv_cache', metavar='FORMAT', help='compute (the default) or int8')
   parser.add_argument('--chat_template', metavar='FILE', help='a Jinja file')
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)

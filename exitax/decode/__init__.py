@@ -4,7 +4,14 @@
 # State.
 # Policies.
 from exitax.decode.acceptance import Acceptance
-from exitax.decode.cache import KVCache, LayerCache, init_cache, truncate, write_layer
+from exitax.decode.cache import (
+  CacheFormat,
+  KVCache,
+  LayerCache,
+  init_cache,
+  truncate,
+  write_layer,
+)
 from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit, cosine
 from exitax.decode.depth import ExitPlan, Filling
 from exitax.decode.draft_choice import (
@@ -63,6 +70,7 @@ __all__ = [
   'Acceptance',
   'Agreement',
   'CacheChunk',
+  'CacheFormat',
   'Causal',
   'Completion',
   'Confidence',

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from exitax.decode.lanes import KeyColumns, Lanes
+from exitax.layers import Int8, quantise
 from exitax.models import ModelConfig
 from exitax.parallel import constrain
+
+
+class CacheFormat(enum.Enum):
+  """How keys and values are kept."""
+
+  COMPUTE = 'compute'  # In the format of the computation.
+  INT8 = 'int8'  # 8 bits, and a scale per token and head. Approximate.
 
 
 @struct.dataclass
@@ -22,8 +31,8 @@ class LayerCache:
     value: likewise.
   """
 
-  key: jax.Array
-  value: jax.Array
+  key: jax.Array | Int8
+  value: jax.Array | Int8
 
 
 @struct.dataclass
@@ -87,9 +96,22 @@ def write_layer(entry: LayerCache, key: jax.Array, value: jax.Array, lanes: Lane
   capacity = entry.key.shape[2]
   start = jnp.where(jnp.any(lanes.valid, axis=1), lanes.first_column, capacity)
   return LayerCache(
-    key=_place(_write_windows(entry.key, key.swapaxes(1, 2), start)),
-    value=_place(_write_windows(entry.value, value.swapaxes(1, 2), start)),
+    key=_write(entry.key, key.swapaxes(1, 2), start),
+    value=_write(entry.value, value.swapaxes(1, 2), start),
   )
+
+
+def empty_in_format(cache: KVCache, cache_format: CacheFormat) -> KVCache:
+  """The same empty cache in a format; inside `jax.jit`, what it replaces is never allocated."""
+  if cache_format is CacheFormat.COMPUTE:
+    return cache
+
+  def small(array: jax.Array) -> Int8:
+    scale = jnp.zeros((*array.shape[:-1], 1), jnp.float32)
+    return Int8(values=jnp.zeros(array.shape, jnp.int8), scale=scale)
+
+  layers, heads = jax.tree.map(small, (cache.layers, cache.heads))
+  return dataclasses.replace(cache, layers=layers, heads=heads)
 
 
 def truncate(cache: KVCache, lengths: jax.Array) -> KVCache:
@@ -98,6 +120,16 @@ def truncate(cache: KVCache, lengths: jax.Array) -> KVCache:
   kept = jnp.arange(columns.valid.shape[1]) < lengths[:, None]
   return dataclasses.replace(
     cache, columns=dataclasses.replace(columns, valid=columns.valid & kept)
+  )
+
+
+def _write(stored: jax.Array | Int8, update: jax.Array, start: jax.Array) -> jax.Array | Int8:
+  if not isinstance(stored, Int8):
+    return _place(_write_windows(stored, update, start))
+  small = quantise(update, (-1,))
+  return Int8(
+    values=_place(_write_windows(stored.values, small.values, start)),
+    scale=_place(_write_windows(stored.scale, small.scale, start)),
   )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from exitax.decode.cache import CacheFormat
 from exitax.decode.confidence import Confidence
 from exitax.decode.lanes import Causal
 from exitax.decode.loop import run_steps
@@ -35,6 +36,7 @@ def generate(
   stop_tokens: Sequence[int] = (),
   seed: int | Sequence[int] = 0,
   prefill_chunk: int = PREFILL_CHUNK,
+  cache_format: CacheFormat = CacheFormat.COMPUTE,
 ) -> GenerateResult:
   """Continues every prompt, all in one batch in which each row exits by itself.
 
@@ -49,13 +51,23 @@ def generate(
     stop_tokens: ids that end a row; the id itself is part of the result.
     seed: one seed per prompt, or one number n for the seeds n, n + 1, ...
     prefill_chunk: prompt tokens per row that are run at once.
+    cache_format: how keys and values are kept.
 
   Raises:
     UserError: no or empty prompts, tokens outside the vocabulary, more tokens than the context
       holds, thresholds or settings out of range.
   """
   state, run = _start(
-    model, params, prompts, max_new_tokens, policy, sampler, stop_tokens, seed, prefill_chunk
+    model,
+    params,
+    prompts,
+    max_new_tokens,
+    policy,
+    sampler,
+    stop_tokens,
+    seed,
+    prefill_chunk,
+    cache_format,
   )
   state = run(state, max_new_tokens * run.plan.placement.steps_per_token)
   return GenerateResult(completions_since(state, np.zeros(len(prompts), np.int32)))
@@ -72,6 +84,7 @@ def stream(
   stop_tokens: Sequence[int] = (),
   seed: int | Sequence[int] = 0,
   prefill_chunk: int = PREFILL_CHUNK,
+  cache_format: CacheFormat = CacheFormat.COMPUTE,
   tokens_per_event: int = 1,
 ) -> Iterator[StreamEvent]:
   """Yields what `generate` returns, while it comes.
@@ -82,7 +95,16 @@ def stream(
   if tokens_per_event < 1:
     raise UserError(f'tokens_per_event={tokens_per_event} must be at least 1')
   state, run = _start(
-    model, params, prompts, max_new_tokens, policy, sampler, stop_tokens, seed, prefill_chunk
+    model,
+    params,
+    prompts,
+    max_new_tokens,
+    policy,
+    sampler,
+    stop_tokens,
+    seed,
+    prefill_chunk,
+    cache_format,
   )
   return _events(state, run, tokens_per_event)
 
@@ -96,6 +118,7 @@ def begin(
   requests: Requests,
   max_new_tokens: int,
   prefill_chunk_size: int = PREFILL_CHUNK,
+  cache_format: CacheFormat = CacheFormat.COMPUTE,
 ) -> DecodeState:
   """A state whose prompts are cached, ready for `run_steps`.
 
@@ -107,6 +130,7 @@ def begin(
     requests: settings of each row; see `make_requests`.
     max_new_tokens: the largest budget; it sizes the cache.
     prefill_chunk_size: prompt tokens per row that are run at once.
+    cache_format: how keys and values are kept.
   """
   config, plan = model.config, policy.plan(model.config)
   lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
@@ -118,7 +142,14 @@ def begin(
   tokens = np.zeros((len(prompts), _round_up(longest, CAPACITY_STEP)), np.int32)
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt)] = prompt
-  state = init_state(config, plan, tokens=tokens, prompt_length=lengths, requests=requests)
+  state = init_state(
+    config,
+    plan,
+    tokens=tokens,
+    prompt_length=lengths,
+    requests=requests,
+    cache_format=cache_format,
+  )
   return plan.placement.prefill(
     model,
     params,
@@ -182,6 +213,7 @@ def _start(
   stop_tokens: Sequence[int],
   seed: int | Sequence[int],
   chunk: int,
+  cache_format: CacheFormat,
 ) -> tuple[DecodeState, _Run]:
   """A prefilled state, and what runs it."""
   config, rows = model.config, len(prompts)
@@ -208,6 +240,7 @@ def _start(
     requests=requests,
     max_new_tokens=max_new_tokens,
     prefill_chunk_size=chunk,
+    cache_format=cache_format,
   )
   return state, _Run(model, params, policy.plan(config), Causal(config.sliding_window))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from exitax.decode.cache import KVCache
+from exitax.decode.cache import CacheFormat, KVCache, empty_in_format
 from exitax.decode.plan import Agreement, StepPlan
 from exitax.models import ModelConfig
 
@@ -116,7 +116,7 @@ class DecodeState:
     return self.prompt_length + self.step
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'plan'))
+@functools.partial(jax.jit, static_argnames=('config', 'plan', 'cache_format'))
 def init_state(
   config: ModelConfig,
   plan: StepPlan,
@@ -124,6 +124,7 @@ def init_state(
   tokens: jax.Array,
   prompt_length: jax.Array,
   requests: Requests,
+  cache_format: CacheFormat = CacheFormat.COMPUTE,
 ) -> DecodeState:
   """A state before prefill.
 
@@ -133,11 +134,13 @@ def init_state(
     tokens: i32 `[rows, capacity]`, prompts from column 0.
     prompt_length: i32 `[rows]`, at least 1; 0 marks a row without a request, which is done.
     requests: settings.
+    cache_format: how keys and values are kept.
   """
   rows, capacity = tokens.shape
   placement, segments = plan.placement, len(plan.segments)
+  cache = placement.init_cache(config, rows=rows, capacity=capacity, head_layers=plan.head_layers)
   return DecodeState(
-    cache=placement.init_cache(config, rows=rows, capacity=capacity, head_layers=plan.head_layers),
+    cache=empty_in_format(cache, cache_format),
     tokens=jnp.asarray(tokens, jnp.int32),
     prompt_length=jnp.asarray(prompt_length, jnp.int32),
     step=jnp.zeros((rows,), jnp.int32),

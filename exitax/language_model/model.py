@@ -18,6 +18,7 @@ from exitax.checkpoint import (
 )
 from exitax.data import StreamDecoder, Tokenizer, encode_prompt, pad_documents
 from exitax.decode import (
+  CacheFormat,
   Completion,
   Confidence,
   ExitPolicy,
@@ -53,6 +54,7 @@ def load(
   mesh: MeshConfig = MeshConfig(data=1),
   rules: ShardingRules = ShardingRules(),
   weights: str | WeightFormat = WeightFormat.COMPUTE,
+  kv_cache: str | CacheFormat = CacheFormat.COMPUTE,
 ) -> LanguageModel:
   """Opens a model directory that `exitax train` wrote.
 
@@ -63,6 +65,7 @@ def load(
     rules: how parameters lie on them.
     weights: 'compute', or 'int8' to generate with matrices of 8 bits (a quarter of the memory of float32, and an
       approximation; scores are those of the full ones).
+    kv_cache: 'compute', or 'int8' to keep keys and values in 8 bits, another approximation.
 
   Raises:
     UserError: the directory holds no model, or a damaged one.
@@ -70,7 +73,8 @@ def load(
   device_mesh = _mesh_of(mesh)
   loaded = load_model(model_dir, mesh=device_mesh, rules=rules, step=step)
   weights = choose(WeightFormat, weights, name='weights')
-  return LanguageModel(loaded, mesh=device_mesh, rules=rules, weights=weights)
+  kv_cache = choose(CacheFormat, kv_cache, name='kv_cache')
+  return LanguageModel(loaded, mesh=device_mesh, rules=rules, weights=weights, kv_cache=kv_cache)
 
 
 def _mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
@@ -97,8 +101,9 @@ class LanguageModel:
     mesh: jax.sharding.Mesh,
     rules: ShardingRules,
     weights: WeightFormat = WeightFormat.COMPUTE,
+    kv_cache: CacheFormat = CacheFormat.COMPUTE,
   ) -> None:
-    self._loaded, self._weights = loaded, weights
+    self._loaded, self._weights, self._kv_cache = loaded, weights, kv_cache
     self._mesh, self._rules = mesh, rules
     self._decode_params: dict[Placement, Params] = {}
     self._score_fn = jax.jit(make_score_fn(loaded.model))
@@ -230,6 +235,7 @@ class LanguageModel:
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
+        cache_format=self._kv_cache,
       )
     return [
       self._as_text(text, completion)
@@ -262,6 +268,7 @@ class LanguageModel:
         sampler=sampler,
         stop_tokens=(self.tokenizer.eos_id, *stop),
         seed=seed,
+        cache_format=self._kv_cache,
       )
       for event in events:
         gain = event.gains[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from exitax.layers.int8 import Int8, split_scale
+
 # Large and finite: a query that sees nothing (padding) gets uniform weights instead of NaN.
 MASKED_LOGIT = -1e30
 
@@ -37,7 +39,7 @@ def dot_product_attention(
 
 
 def cached_attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+  query: jax.Array, key: jax.Array | Int8, value: jax.Array | Int8, mask: jax.Array
 ) -> jax.Array:
   """`dot_product_attention` over head-major keys, as a decoding cache keeps them.
 
@@ -46,7 +48,7 @@ def cached_attention(
 
   Args:
     query: `[rows, lanes, num_heads, head_dim]`.
-    key: `[rows, num_kv_heads, keys, head_dim]`.
+    key: `[rows, num_kv_heads, keys, head_dim]`; in 8 bits with a scale per key.
     value: like `key`.
     mask: bool `[rows, lanes, keys]`; True where the query sees the key.
 
@@ -61,11 +63,21 @@ def cached_attention(
   grouped = scaled.reshape(rows, lanes, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
   folded = grouped.reshape(rows, num_kv_heads, group * lanes, head_dim)
   batch = ((0, 1), (0, 1))
-  logits = jax.lax.dot_general(folded, key, (((3,), (3,)), batch), preferred_element_type=wide)
+  keys, key_scale = split_scale(key)
+  logits = jax.lax.dot_general(
+    folded, keys.astype(query.dtype), (((3,), (3,)), batch), preferred_element_type=wide
+  )
   logits = logits.reshape(rows, num_kv_heads, group, lanes, num_keys)
+  if key_scale is not None:
+    logits = logits * key_scale[:, :, None, None, :, 0]
   logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
-  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-  weights = weights.reshape(rows, num_kv_heads, group * lanes, num_keys)
-  mixed = jax.lax.dot_general(weights, value, (((3,), (2,)), batch), preferred_element_type=wide)
+  weights = jax.nn.softmax(logits, axis=-1)
+  values, value_scale = split_scale(value)
+  if value_scale is not None:
+    weights = weights * value_scale[:, :, None, None, :, 0]
+  weights = weights.astype(query.dtype).reshape(rows, num_kv_heads, group * lanes, num_keys)
+  mixed = jax.lax.dot_general(
+    weights, values.astype(query.dtype), (((3,), (2,)), batch), preferred_element_type=wide
+  )
   mixed = mixed.reshape(rows, num_kv_heads, group, lanes, head_dim).transpose(0, 3, 1, 2, 4)
   return mixed.reshape(query.shape).astype(query.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 
 from exitax.decode import (
   CacheChunk,
+  CacheFormat,
   Causal,
   DecodeState,
   Gains,
@@ -77,6 +78,7 @@ class SlotBatch:
     num_slots: int,
     capacity: int,
     prefix_bytes: int,
+    cache_format: CacheFormat = CacheFormat.COMPUTE,
   ) -> None:
     """Allocates the slots.
 
@@ -87,7 +89,9 @@ class SlotBatch:
       num_slots: rows.
       capacity: tokens of a row at most, prompt included.
       prefix_bytes: what the prefix cache may hold.
+      cache_format: how keys and values are kept.
     """
+    self._cache_format = cache_format
     self._model, self._params, self._plans = model, params, tuple(dict.fromkeys(plans))
     self._visibility = Causal(model.config.sliding_window)
     overhang = max(plan.overhang for plan in plans)
@@ -115,6 +119,7 @@ class SlotBatch:
       tokens=tokens,
       prompt_length=np.asarray([len(job.prompt)], np.int32),
       requests=self._requests(job, job.seeds[0]),
+      cache_format=self._cache_format,
     )
     chunks = self.prefixes.find(job.prompt[:-1])
     for i, chunk in enumerate(chunks):
@@ -227,6 +232,7 @@ class SlotBatch:
       tokens=np.zeros((rows, self.columns), np.int32),
       prompt_length=np.zeros(rows, np.int32),
       requests=requests,
+      cache_format=self._cache_format,
     )
 
   def _requests(self, job: Job, seed: int) -> Requests:

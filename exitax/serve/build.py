@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from exitax.checkpoint import LoadedModel
+from exitax.checkpoint import LoadedModel, load_classifiers
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
 from exitax.data import Progress, quiet
-from exitax.decode import Confidence, WeightFormat, prepare_params
+from exitax.decode import CacheFormat, Confidence, WeightFormat, prepare_params
 from exitax.errors import UserError, choose
 from exitax.serve.admission import WaitingRoom
 from exitax.serve.batch import SlotBatch
@@ -49,21 +49,28 @@ def build_service(
     threshold=config.threshold,
     num_top=config.max_logprobs,
   )
-  if strategies.confidence is Confidence.CLASSIFIER and 'confidence' not in loaded.params:
-    raise UserError("confidence='classifier' needs a trained one, which this model has not got")
+  classifiers = load_classifiers(loaded.directory, step=loaded.step)
+  if strategies.confidence is Confidence.CLASSIFIER and classifiers is None:
+    raise UserError(
+      'confidence=classifier needs classifiers, one per exit: train them with '
+      f'`exitax tune-confidence --model_dir={loaded.directory}`'
+    )
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
   weights = choose(WeightFormat, config.weights, name='weights')
+  cache_format = choose(CacheFormat, config.kv_cache, name='kv_cache')
   metrics = Metrics()
   with ambient():
+    params = prepare_params(loaded.model, loaded.params, weights=weights)
     batch = SlotBatch(
       loaded.model,
-      prepare_params(loaded.model, loaded.params, weights=weights),
+      params if classifiers is None else {**params, 'confidence': classifiers},
       plans=strategies.layout_first,
       num_slots=config.num_slots,
       capacity=context,
       prefix_bytes=config.prefix_cache_bytes,
+      cache_format=cache_format,
     )
     programs = batch.programs()
     for compile_program in progress(programs, total=len(programs), label='compiling'):

@@ -25,6 +25,7 @@ class ServeConfig:
     threshold: for requests that exit early and name none; one number, or one per exit.
     confidence: a value of `decode.Confidence`; compiled, so the same for all requests.
     weights: 'compute', or 'int8': matrices in 8 bits, an approximation.
+    kv_cache: 'compute', or 'int8': keys and values in 8 bits, an approximation.
     max_logprobs: alternatives per token that requests may ask for; each step finds as many.
     prefix_cache_bytes: kept of prompts seen before; 0 keeps nothing.
     chat_template: a Jinja file, in place of the tokenizer's own template.
@@ -42,6 +43,7 @@ class ServeConfig:
   threshold: float | tuple[float, ...] | None = None
   confidence: str = 'max_prob'
   weights: str = 'compute'
+  kv_cache: str = 'compute'
   max_logprobs: int = 5
   prefix_cache_bytes: int = 256 << 20
   chat_template: str | None = None

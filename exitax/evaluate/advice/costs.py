@@ -282,7 +282,7 @@ def _run_copies(
   def once(_: Any, carry: Any) -> Any:
     cache, hidden = carry
     cache = copy_state(model, params, cache, hidden, lanes, layers=layers)
-    written = cache.layers[layers.start].value[0, 0, 0, 0]
+    written = jax.tree.leaves(cache.layers[layers.start].value)[0][0, 0, 0, 0]
     return cache, stream + 1e-3 * jnp.tanh(written)
 
   return jax.lax.fori_loop(0, num_passes, once, (cache, stream))
