@@ -101,6 +101,11 @@ class CalibrateConfig:
       raise UserError(
         f'strategy={self.strategy.value} gives the tokens of full depth: nothing to certify'
       )
+    if self.strategy is Strategy.PIPELINE:
+      raise UserError(
+        'strategy=pipeline gives the tokens of deferred, and shares its certificate: calibrate with '
+        'strategy=deferred'
+      )
     if self.measure is Confidence.CLASSIFIER:
       raise UserError(
         'measure=classifier cannot be certified: a certificate names weights, and not yet the classifiers '

@@ -197,6 +197,7 @@ def test_settings_out_of_range(changes, message):
   [
     ('fast', "strategy='fast' is not known: choose 'full', 'deferred'"),
     ('speculative', 'nothing to certify'),
+    ('pipeline', 'calibrate with strategy=deferred'),
   ],
 )
 def test_strategies_without_a_threshold(strategy, message):
