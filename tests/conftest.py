@@ -7,6 +7,7 @@ reaches the processes that tests start; `subprocess_env` is that environment, re
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
+MANY_MEMORY_MAPS = 15_000
 
 
 def _test_cache() -> Path:
@@ -82,6 +84,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Starts files that hold a slow test first, so that no worker is left alone at the end."""
   slow_files = {item.path for item in items if item.get_closest_marker('slow')}
   items.sort(key=lambda item: item.path not in slow_files)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_memory_maps() -> Iterator[None]:
+  """Drops compiled programs after a file that leaves too many of them.
+
+  XLA maps memory for every program it compiles, and Linux ends a process that exceeds its limit of
+  maps (65,530 by default) with a segmentation fault somewhere else. Programs come back from the
+  persistent cache.
+  """
+  yield
+  if _num_memory_maps() > MANY_MEMORY_MAPS:
+    jax.clear_caches()
+    gc.collect()
+
+
+def _num_memory_maps() -> int:
+  try:
+    return Path('/proc/self/maps').read_bytes().count(b'\n')
+  except OSError:  # Not Linux.
+    return 0
 
 
 @pytest.fixture(scope='session')
