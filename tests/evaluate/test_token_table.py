@@ -12,7 +12,7 @@ from exitax.parallel import MeshConfig, ShardingRules, make_mesh
 from tests.evaluate.conftest import make_loaded
 
 all_logits = jax.jit(logits_at_exits, static_argnums=0)
-MEASURES = {measure.value: measure for measure in decode.Confidence}
+MEASURES = {measure.value: measure for measure in decode.OF_SCORES}
 
 
 def table_of(loaded, batches, *, mesh, chunk_length=16):
