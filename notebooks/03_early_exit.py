@@ -224,6 +224,6 @@ with use(mesh, rules):
     mesh=mesh,
     rules=rules,
   )
-print(render_advice(advice))
+print(render_advice(advice).replace(str(model_dir), model_dir.name))
 picture, _ = write_advice(advice, model_dir)
 Image(filename=str(picture))

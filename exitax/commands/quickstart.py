@@ -70,6 +70,8 @@ def run(flags: argparse.Namespace) -> int:
     '\n'
     'Try next:\n'
     f"  .venv/bin/exitax generate --model_dir={model_dir} --prompt='class ' --threshold=0.1\n"
+    f'  .venv/bin/exitax advise --model_dir={model_dir}\n'
+    f'  .venv/bin/exitax serve --model_dir={model_dir}\n'
     f'  .venv/bin/exitax inspect --model_dir={model_dir}\n'
     f'  .venv/bin/exitax train --gin_file=gin/runs/quickstart.gin --model_dir={model_dir} '
     '--gin.TRAIN_STEPS=2000',
