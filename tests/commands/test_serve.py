@@ -26,7 +26,10 @@ import pytest
     (['--threshold=x'], '--threshold=x is not a number'),
     (['--strategy=fast'], "strategy='fast'"),
     (['--confidence=guess'], "confidence='guess' is not known"),
-    (['--confidence=classifier'], 'confidence=classifier needs classifiers, one per exit: train them with'),
+    (
+      ['--confidence=classifier'],
+      'confidence=classifier needs classifiers, one per exit: train them with',
+    ),
     (['--weights=int2'], "weights='int2' is not known"),
     (['--chat_template=nowhere'], '--chat_template=nowhere cannot be read'),
     (['--host=192.0.2.1'], 'cannot listen on 192.0.2.1'),
