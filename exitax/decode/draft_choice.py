@@ -72,6 +72,43 @@ def no_stats(rows: int, num_exits: int) -> DraftStats:
   )
 
 
+def remember(
+  stats: DraftStats,
+  exit_index: jax.Array | int,
+  num_drafts: jax.Array | int,
+  count: jax.Array,
+  compared: tuple[jax.Array, jax.Array],
+  *,
+  memory: float,
+) -> DraftStats:
+  """Books a round: a refused draft was tried too, what would have followed it was not.
+
+  Args:
+    stats: before the round.
+    exit_index: where it drafted; the number of exits for a plain step.
+    num_drafts: how many drafts.
+    count: i32 `[rows]`, tokens gained; 0 for rows that took no part.
+    compared: f32 `[rows, exits]` twice: agreement seen of exits that did not draft, and tokens
+      compared.
+    memory: how much of what was known counts after one more token.
+  """
+  active = count > 0
+  accepted = jnp.maximum(count - 1, 0)
+  tried = jnp.where(active, jnp.minimum(accepted + 1, num_drafts), 0)
+  drafter = (jnp.arange(stats.tried.shape[1]) == exit_index).astype(jnp.int32)
+  # What was learnt of an exit fades as more is learnt of it, and stays while nothing is.
+  new_agreed = drafter * accepted[:, None] + compared[0]
+  new_tried = drafter * tried[:, None] + compared[1]
+  keep = jnp.where(new_tried > 0, memory**new_tried, 1.0)
+  return DraftStats(
+    agreed=stats.agreed * keep + new_agreed,
+    tried=stats.tried * keep + new_tried,
+    rounds=stats.rounds + active.astype(jnp.int32),
+    drafted=stats.drafted + drafter * jnp.where(active, num_drafts, 0)[:, None],
+    accepted=stats.accepted + drafter * accepted[:, None],
+  )
+
+
 def tokens_per_round(agreement: jax.Array, num_drafts: jax.Array | int) -> jax.Array:
   """(1 - a^(d+1)) / (1 - a), and d + 1 where a is 1."""
   one = agreement >= 1.0 - 1e-6

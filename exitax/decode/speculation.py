@@ -29,7 +29,7 @@ from exitax.decode.acceptance import Acceptance, choose_lanes, judge
 from exitax.decode.cache import KVCache
 from exitax.decode.confidence import Confidence
 from exitax.decode.depth import cut_at_exits, layers_with_cache, run_if
-from exitax.decode.draft_choice import DraftCosts, DraftStats, choose_draft, no_stats
+from exitax.decode.draft_choice import DraftCosts, DraftStats, choose_draft, no_stats, remember
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
 from exitax.decode.placement import LocalPlan
@@ -61,7 +61,7 @@ class DraftPlan(LocalPlan):
     lane_buckets: numbers of lanes that verification is compiled for.
     fixed: the exit's index and the number of drafts of every round; None chooses by `choose_draft`.
     forced: exit and drafts are read from the state: to measure what rounds cost.
-    memory: how much of what was seen of an exit counts one round later.
+    memory: how much of what was seen of an exit counts after one more token.
     prior: agreement that an exit is thought to have before it was tried.
     prior_weight: tokens' worth of trust in it.
     shadow_period: rounds after which exits that did not draft are compared with the final layer too.
@@ -162,7 +162,7 @@ class _Round:
     )
     count = jnp.where(active, verdict.accepted + 1, 0)
     seen = self._compare(work, verdict.tokens, count, stats, exit_index)
-    stats = _remember(stats, plan, exit_index, num_drafts, count, seen)
+    stats = remember(stats, exit_index, num_drafts, count, seen, memory=plan.memory)
     return self._after(work, exit_index, num_drafts, stats), self._gain(
       work, scores, verdict.tokens, count, exit_index
     )
@@ -375,32 +375,6 @@ class _Round:
       confidence=jnp.where(drafted, work.confidence, plan.confidence(scores)),
       agreement=jnp.full_like(tokens, Agreement.SAME),
     )
-
-
-def _remember(
-  stats: DraftStats,
-  plan: DraftPlan,
-  exit_index: Any,
-  num_drafts: Any,
-  count: jax.Array,
-  shadow: tuple[jax.Array, jax.Array],
-) -> DraftStats:
-  """Books a round: a refused draft was tried too, what would have followed it was not."""
-  active = count > 0
-  accepted = jnp.maximum(count - 1, 0)
-  tried = jnp.where(active, jnp.minimum(accepted + 1, num_drafts), 0)
-  drafter = (jnp.arange(len(plan.exits)) == exit_index).astype(jnp.int32)
-  # What was learnt of an exit fades as more is learnt of it, and stays while nothing is.
-  new_agreed = drafter * accepted[:, None] + shadow[0]
-  new_tried = drafter * tried[:, None] + shadow[1]
-  keep = jnp.where(new_tried > 0, plan.memory**new_tried, 1.0)
-  return DraftStats(
-    agreed=stats.agreed * keep + new_agreed,
-    tried=stats.tried * keep + new_tried,
-    rounds=stats.rounds + active.astype(jnp.int32),
-    drafted=stats.drafted + drafter * jnp.where(active, num_drafts, 0)[:, None],
-    accepted=stats.accepted + drafter * accepted[:, None],
-  )
 
 
 def _put(array: jax.Array, update: jax.Array, lane: Any) -> jax.Array:
