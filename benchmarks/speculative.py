@@ -3,8 +3,7 @@
   python benchmarks/speculative.py [--quick | --full]
 
 Two models of 12 layers and width 384, trained on Python's standard library by the commands in
-gin/runs/layerskip_small.gin and gin/runs/plain_small.gin (an hour or two each on two cores, once; a run
-that was stopped goes on). The first was made to exit, the second has exits that were never trained:
+gin/runs/layerskip_small.gin and gin/runs/plain_small.gin (once; a run that was stopped goes on). The first was made to exit, the second has exits that were never trained:
 there the adaptive rule must notice and lose nothing. With --quick missing models are trained for
 seconds, and the numbers mean nothing.
 
