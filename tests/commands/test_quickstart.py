@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.commands.conftest import RunCommand
-from tests.docs.test_commands_in_documents import SMALL, SMALL_EVALUATION, exitax_commands
+from tests.docs.test_commands_in_documents import (
+  SMALL,
+  SMALL_ADVICE,
+  SMALL_EVALUATION,
+  exitax_commands,
+  serving,
+)
 
 
 @pytest.mark.slow
-def test_quickstart(exitax: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart(
+  exitax: RunCommand,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  subprocess_env: dict[str, str],
+) -> None:
   monkeypatch.chdir(tmp_path)
   small = [flag for flag in SMALL if 'TRAIN_STEPS' not in flag]
   arguments = ('quickstart', *small, '--gin.TRAIN_STEPS=4', *SMALL_EVALUATION)
@@ -33,19 +45,17 @@ def test_quickstart(exitax: RunCommand, tmp_path: Path, monkeypatch: pytest.Monk
     if line.startswith(('picture', 'numbers')):
       assert all((tmp_path / name).exists() for name in line.split(maxsplit=1)[1].split(', '))
 
-  next_commands = exitax_commands(outcome.out)
-  assert len(next_commands) == 3
-  for command in next_commands[:2]:
-    assert exitax(*_argv(command)).status == 0
-  further = exitax(*_argv(next_commands[2]), *small, '--gin.TRAIN_STEPS=5')
+  commands = {command.split()[0]: command for command in exitax_commands(outcome.out)}
+  assert set(commands) == {'generate', 'advise', 'serve', 'inspect', 'train'}
+  for name in ('generate', 'advise', 'inspect'):
+    small_argv = SMALL_ADVICE if name == 'advise' else ()
+    assert exitax(*shlex.split(commands[name]), *small_argv).status == 0
+  with serving(commands['serve'], tmp_path / 'runs', subprocess_env):
+    pass
+  further = exitax(*shlex.split(commands['train']), *small, '--gin.TRAIN_STEPS=5')
   assert 'resuming from step 4' in further.out
 
   again = exitax(*arguments, '--gin.TRAIN_STEPS=5')
   assert again.status == 0
   assert 'resuming from step 5' in again.out
 
-
-def _argv(command: str) -> list[str]:
-  import shlex
-
-  return shlex.split(command)
