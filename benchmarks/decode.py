@@ -5,7 +5,8 @@
 A Llama shape of 27.8M parameters (8 layers, width 512, vocabulary 4096, tied), float32, random
 weights, greedy. The roofline of a step is max(bytes / bandwidth, flops / matmul rate): bytes are the
 weights, once, and the cached keys and values that exist; both rates are measured in this run, between
-the other timings. transformers' `generate` runs the same weights, and its logits are checked first.
+the other timings. The products of these steps are timed alone too: what they lack of the roofline no
+arrangement of the rest can win back. transformers' `generate` runs the same weights, and its logits are checked first.
 
 The rows of other strategies show what each costs and saves at its extremes, on exits that know nothing:
 a threshold of 1 evaluates every exit and never stops, a threshold of 0 stops every token at the first
@@ -35,6 +36,7 @@ from common import (
   say,
   seconds_of,
 )
+from decode_products import DecodeProducts
 from llama_twin import make_llama
 from step_timer import StepTimer
 
@@ -160,6 +162,10 @@ def main() -> None:
   for i, case in enumerate(ours):
     measures |= {f'steps_{i}': case.steps.seconds}
   measures |= {'call': ours[0].call}
+  full = [case for case in ours if isinstance(case.case.policy, decode.FullDepth)]
+  for case in full:
+    products = DecodeProducts(case.model, case.params, batch=case.case.batch, num_steps=new_tokens)
+    measures[f'products_{case.case.batch}'] = lambda act=products: seconds_of(act)
   seconds = in_turns(measures, repeats)
   rows = [_row(case, i, seconds) for i, case in enumerate(ours)]
   rows.append(
@@ -224,6 +230,7 @@ def _row(ours: Ours, index: int, seconds: dict[str, list[float]]) -> dict[str, A
     row |= {
       'bound_ms': statistics.median(bounds) / new_tokens * 1e3,
       'of_roofline': median_ratio(bounds, steps),
+      'products_of_roofline': median_ratio(bounds, seconds[f'products_{batch}']),
       'gb_per_s': statistics.median(bandwidths) / 1e9,
       'gflop_per_s': statistics.median(rates) / 1e9,
     }
