@@ -13,6 +13,7 @@ from exitax.checkpoint.artifacts import (
 )
 from exitax.checkpoint.certificate import (
   CERTIFICATE_FILE,
+  CERTIFIED,
   Certificate,
   checkpoint_digest,
   load_certificate,
@@ -27,6 +28,7 @@ from exitax.checkpoint.reading import CheckpointInfo, Restored
 from exitax.checkpoint.tree import LeafSpec
 
 __all__ = [
+  'CERTIFIED',
   # Saving and restoring
   'BestMode',
   'CheckpointConfig',

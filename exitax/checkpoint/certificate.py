@@ -24,8 +24,10 @@ from exitax.errors import UserError
 
 FORMAT = 1
 CERTIFICATE_FILE = 'certificate.json'
+CERTIFIED = 'certified'  # The threshold that stands for the one in the model's certificate.
 # These give the same tokens for the same thresholds, so one certificate serves all of them.
 EXACT_STRATEGIES = ('deferred', 'recompute', 'pipeline')
+_DEFAULTS = {'patience': 2, 'decay': 0.0, 'weights': 'compute', 'kv_cache': 'compute'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class Certificate:
     patience: int = 2,
     decay: float = 0.0,
     weights: str = 'compute',
+    kv_cache: str = 'compute',
   ) -> None:
     """Makes sure that a request is one that the certificate speaks of.
 
@@ -93,6 +96,7 @@ class Certificate:
       patience: exits that must agree, for that measure.
       decay: how fast thresholds fall with the tokens.
       weights: format of the matrices, 'compute' or 'int8'.
+      kv_cache: format of keys and values, likewise.
 
     Raises:
       UserError: it is not; names the value, the certificate's, and the way out.
@@ -119,12 +123,12 @@ class Certificate:
         f'confidence={measure}: the certificate is for {self.measure}; leave it out, or calibrate again '
         f'with --measure={measure}'
       )
-
-    for name, value in (('patience', patience), ('decay', decay), ('weights', weights)):
-      if value != self.settings.get(name, value):
-        raise UserError(
-          f'{name}={value}: the certificate is for {name}={self.settings[name]}; leave it out'
-        )
+    asked = {'patience': patience, 'decay': decay, 'weights': weights, 'kv_cache': kv_cache}
+    for name, value in asked.items():
+      # What a certificate does not mention was left as it is by default.
+      certified = self.settings.get(name, _DEFAULTS[name])
+      if value != certified:
+        raise UserError(f'{name}={value}: the certificate is for {name}={certified}; leave it out')
 
 
 def checkpoint_digest(model_dir: str | os.PathLike[str], *, step: int) -> str:

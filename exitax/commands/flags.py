@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import jax
 
+from exitax.checkpoint import CERTIFIED
 from exitax.commands import gin_config
 from exitax.data import cache_root
 from exitax.errors import UserError
@@ -110,16 +111,20 @@ def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
   parser.add_argument('--model_dir', metavar='DIR', help=purpose)
 
 
-def thresholds(text: str) -> float | tuple[float, ...]:
-  """The value of `--threshold`: a number, or numbers with commas between them.
+def thresholds(text: str) -> float | tuple[float, ...] | str:
+  """The value of `--threshold`: a number, numbers with commas between them, or 'certified'.
 
   Raises:
     UserError: anything else.
   """
+  if text == CERTIFIED:
+    return text
   try:
     values = tuple(float(part) for part in text.split(','))
   except ValueError:
-    raise UserError(f'--threshold={text} is not a number, or numbers with commas') from None
+    raise UserError(
+      f"--threshold={text} is not a number, numbers with commas, or '{CERTIFIED}'"
+    ) from None
   return values[0] if len(values) == 1 else values
 
 

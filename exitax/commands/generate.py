@@ -35,7 +35,6 @@ from exitax.commands.depths import coloured, depth_key, depth_summary
 from exitax.decode import Sampler, StrategySettings
 from exitax.errors import UserError
 from exitax.language_model import (
-  CERTIFIED,
   LanguageModel,
   TextCompletion,
   Threshold,
@@ -134,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   exits = parser.add_argument_group('early exit')
   exits.add_argument(
     '--threshold',
-    type=_thresholds,
+    type=flag_groups.thresholds,
     metavar='T',
     help='exit where the confidence is above it; one number, one per exit as 0.9,0.8, or certified: what '
     '`exitax calibrate` has certified for this model',
@@ -252,10 +251,6 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
   if not prompts:
     raise UserError("generate needs a prompt: --prompt='def main('")
   return prompts
-
-
-def _thresholds(text: str) -> Threshold:
-  return text if text == CERTIFIED else flag_groups.thresholds(text)
 
 
 def _as_json(completion: TextCompletion) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--threshold',
     type=flag_groups.thresholds,
     metavar='T',
-    help='for requests that name none; one number, or one per exit: 0.9,0.8',
+    help="for requests that name none; one number, one per exit (0.9,0.8), or 'certified': what "
+    '`exitax calibrate` has certified where it applies, and no loss elsewhere',
   )
   exits.add_argument(
     '--confidence',

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,8 +41,7 @@ from exitax.decode.placement import LocalPlan
 from exitax.decode.plan import Gain, Record
 from exitax.decode.sampler import choose_tokens
 from exitax.decode.state import DecodeState
-from exitax.layers import HeadKind
-from exitax.models import ExitConfig, ExitLM, Params
+from exitax.models import ExitLM, Params
 
 
 class Filling(enum.Enum):
@@ -59,8 +57,6 @@ class ExitPlan(LocalPlan):
   """A `StepPlan` of one token per step, which leaves at an exit. Thresholds are data.
 
   Attributes:
-    exits: the exits in use, by ascending layer.
-    num_layers: layers of the model.
     confidence: what is compared with the thresholds.
     patience: exits in a row that must agree, for `Confidence.PATIENCE`.
     decay: how fast thresholds fall with the tokens generated; 0 keeps them (see `thresholds_at`).
@@ -71,8 +67,6 @@ class ExitPlan(LocalPlan):
     num_top: alternatives whose log-probabilities are recorded per token.
   """
 
-  exits: tuple[ExitConfig, ...]
-  num_layers: int
   confidence: Confidence
   patience: int = 2
   decay: float = 0.0
@@ -81,16 +75,6 @@ class ExitPlan(LocalPlan):
   lane_buckets: tuple[int, ...] = (1,)
   record: Record = Record.DECISION
   num_top: int = 0
-
-  @property
-  def segments(self) -> tuple[range, ...]:
-    """Spans of layers between exits: `[0:l1], [l1:l2], ..., [ln:L]`."""
-    return cut_at_exits(self.exits, self.num_layers)
-
-  @property
-  def head_layers(self) -> tuple[int, ...]:
-    """Layers of the exits that need cache entries of their own."""
-    return layers_with_cache(self.exits)
 
   @property
   def overhang(self) -> int:
@@ -117,17 +101,6 @@ class ExitPlan(LocalPlan):
       agreement=decision.agreement[:, None],
     )
     return state, gain
-
-
-def cut_at_exits(exits: tuple[ExitConfig, ...], num_layers: int) -> tuple[range, ...]:
-  """Spans of layers between exits: `[0:l1], [l1:l2], ..., [ln:L]`."""
-  cuts = (0, *(item.layer for item in exits), num_layers)
-  return tuple(range(a, b) for a, b in itertools.pairwise(cuts))
-
-
-def layers_with_cache(exits: tuple[ExitConfig, ...]) -> tuple[int, ...]:
-  """Layers of the exits whose heads cache keys of their own."""
-  return tuple(item.layer for item in exits if item.head is HeadKind.LAYER)
 
 
 @struct.dataclass

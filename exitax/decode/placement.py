@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from exitax.decode.loop import prefill_chunk
 from exitax.decode.plan import Placement, StepPlan
 from exitax.decode.prepare import WeightFormat, prepare_params
 from exitax.decode.state import DecodeState
-from exitax.models import ExitLM, ModelConfig, Params
+from exitax.layers import HeadKind
+from exitax.models import ExitConfig, ExitLM, ModelConfig, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +62,30 @@ class LocalPlacement:
 LOCAL = LocalPlacement()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalPlan:
-  """What plans share whose layers lie where the caller is."""
+  """What plans share whose layers lie where the caller is.
+
+  Attributes:
+    exits: the exits in use, by ascending layer.
+    num_layers: layers of the model.
+  """
+
+  exits: tuple[ExitConfig, ...]
+  num_layers: int
 
   @property
   def placement(self) -> Placement:
     """Every device runs all layers."""
     return LOCAL
+
+  @property
+  def segments(self) -> tuple[range, ...]:
+    """Spans of layers between exits: `[0:l1], [l1:l2], ..., [ln:L]`."""
+    cuts = (0, *(item.layer for item in self.exits), self.num_layers)
+    return tuple(range(a, b) for a, b in itertools.pairwise(cuts))
+
+  @property
+  def head_layers(self) -> tuple[int, ...]:
+    """Layers of the exits whose heads cache keys of their own."""
+    return tuple(item.layer for item in self.exits if item.head is HeadKind.LAYER)

@@ -28,7 +28,7 @@ from flax import struct
 from exitax.decode.acceptance import Acceptance, choose_lanes, judge
 from exitax.decode.cache import KVCache
 from exitax.decode.confidence import Confidence
-from exitax.decode.depth import cut_at_exits, layers_with_cache, run_if
+from exitax.decode.depth import run_if
 from exitax.decode.draft_choice import DraftCosts, DraftStats, choose_draft, no_stats, remember
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
@@ -38,7 +38,7 @@ from exitax.decode.sampler import choose_tokens
 from exitax.decode.scores import head_logits, scores_dtype
 from exitax.decode.state import DecodeState
 from exitax.layers import HeadKind
-from exitax.models import ExitConfig, ExitLM, Params
+from exitax.models import ExitLM, Params
 
 # Where a plan keeps things in `ExitRecord.extra`.
 STATS = 'draft'  # `DraftStats`.
@@ -52,8 +52,6 @@ class DraftPlan(LocalPlan):
   """A `StepPlan` of one round of speculation per step: up to `max_drafts + 1` tokens, losslessly.
 
   Attributes:
-    exits: where drafts may be made, by ascending layer.
-    num_layers: layers of the model.
     confidence: what is recorded of the scores that chose a token; a function of scores.
     acceptance: the rule for sampled rows.
     max_drafts: most drafts of a round.
@@ -69,8 +67,6 @@ class DraftPlan(LocalPlan):
     num_top: alternatives whose log-probabilities are recorded per token.
   """
 
-  exits: tuple[ExitConfig, ...]
-  num_layers: int
   confidence: Confidence
   acceptance: Acceptance
   max_drafts: int
@@ -84,16 +80,6 @@ class DraftPlan(LocalPlan):
   shadow_period: int = 16
   pending_capacity: int = 1
   num_top: int = 0
-
-  @property
-  def segments(self) -> tuple[range, ...]:
-    """Spans of layers between exits."""
-    return cut_at_exits(self.exits, self.num_layers)
-
-  @property
-  def head_layers(self) -> tuple[int, ...]:
-    """Layers of the exits that need cache entries of their own."""
-    return layers_with_cache(self.exits)
 
   @property
   def width(self) -> int:

@@ -2,7 +2,6 @@
 
 from exitax.language_model.model import LanguageModel, load
 from exitax.language_model.results import (
-  CERTIFIED,
   ExitChoice,
   TextCompletion,
   TextEvent,
@@ -11,7 +10,6 @@ from exitax.language_model.results import (
 )
 
 __all__ = [
-  'CERTIFIED',
   'ExitChoice',
   'LanguageModel',
   'TextCompletion',

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from exitax.checkpoint import (
+  CERTIFIED,
   Certificate,
   LoadedModel,
   load_certificate,
@@ -33,7 +34,6 @@ from exitax.decode import (
 )
 from exitax.errors import UserError, choose
 from exitax.language_model.results import (
-  CERTIFIED,
   ExitChoice,
   TextCompletion,
   TextEvent,
@@ -183,6 +183,7 @@ class LanguageModel:
       patience=patience,
       decay=decay,
       weights=self._weights.value,
+      kv_cache=self._kv_cache.value,
     )
     return ExitChoice(
       strategy=strategy or certificate.strategy,

@@ -7,7 +7,7 @@ import dataclasses
 from exitax.decode import StopReason
 from exitax.objectives import ExitScore
 
-CERTIFIED = 'certified'  # The threshold that stands for the one in the model's certificate.
+# A text is `checkpoint.CERTIFIED`.
 Threshold = float | tuple[float, ...] | str | None
 
 

@@ -151,6 +151,7 @@ def _model_card(service: Service, created: int) -> dict[str, Any]:
     'default_strategy': strategies.default,
     'threshold': strategies.default_threshold,
     'confidence': strategies.confidence.value,
+    'certified': strategies.has_certificate,
   }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from exitax.checkpoint import LoadedModel, load_classifiers
+from exitax.checkpoint import CERTIFIED, LoadedModel, load_certificate, load_classifiers
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
 from exitax.data import Progress, quiet
 from exitax.decode import CacheFormat, Confidence, WeightFormat, prepare_params
@@ -17,7 +17,7 @@ from exitax.serve.config import ServeConfig
 from exitax.serve.engine import Engine
 from exitax.serve.metrics import Metrics
 from exitax.serve.service import Service
-from exitax.serve.strategies import Strategies
+from exitax.serve.strategies import Guarantee, Strategies
 
 Ambient = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -42,12 +42,15 @@ def build_service(
   """
   model_config = loaded.model.config
   context = config.context(model_config.max_length)
+  weights = choose(WeightFormat, config.weights, name='weights')
+  cache_format = choose(CacheFormat, config.kv_cache, name='kv_cache')
   strategies = Strategies(
     model_config,
     confidence=config.confidence,
     default=config.strategy,
     threshold=config.threshold,
     num_top=config.max_logprobs,
+    guarantee=_guarantee(loaded, config),
   )
   classifiers = load_classifiers(loaded.directory, step=loaded.step)
   if strategies.confidence is Confidence.CLASSIFIER and classifiers is None:
@@ -58,8 +61,6 @@ def build_service(
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
-  weights = choose(WeightFormat, config.weights, name='weights')
-  cache_format = choose(CacheFormat, config.kv_cache, name='kv_cache')
   metrics = Metrics()
   with ambient():
     params = prepare_params(loaded.model, loaded.params, weights=weights)
@@ -94,3 +95,14 @@ def build_service(
     engine=engine,
     metrics=metrics,
   )
+
+
+def _guarantee(loaded: LoadedModel, config: ServeConfig) -> Guarantee | None:
+  """What the model's certificate says; None without one that counts, unless it is asked for."""
+  try:
+    certificate = load_certificate(loaded.directory, step=loaded.step)
+  except UserError:
+    if config.threshold == CERTIFIED:
+      raise
+    return None
+  return Guarantee(certificate, weights=config.weights, kv_cache=config.kv_cache)

@@ -22,8 +22,11 @@ class ServeConfig:
     drain_timeout: seconds that running answers get to finish when the server is told to stop.
     strategy: for requests that name none: 'full', 'deferred' or 'speculative'. By default 'deferred'
       with a threshold, else 'speculative', or 'full' for a model without exits.
-    threshold: for requests that exit early and name none; one number, or one per exit.
-    confidence: a value of `decode.Confidence`; compiled, so the same for all requests.
+    threshold: for requests that exit early and name none; one number, one per exit, or 'certified',
+      which takes the one that `exitax calibrate` has certified for the requests that it speaks of,
+      and runs the others without loss.
+    confidence: a value of `decode.Confidence`; compiled, so the same for all requests. None takes the
+      certificate's if the threshold is 'certified', else 'max_prob'.
     weights: 'compute', or 'int8': matrices in 8 bits, an approximation.
     kv_cache: 'compute', or 'int8': keys and values in 8 bits, an approximation.
     max_logprobs: alternatives per token that requests may ask for; each step finds as many.
@@ -40,8 +43,8 @@ class ServeConfig:
   request_timeout: float = 300.0
   drain_timeout: float = 30.0
   strategy: str | None = None
-  threshold: float | tuple[float, ...] | None = None
-  confidence: str = 'max_prob'
+  threshold: float | tuple[float, ...] | str | None = None
+  confidence: str | None = None
   weights: str = 'compute'
   kv_cache: str = 'compute'
   max_logprobs: int = 5

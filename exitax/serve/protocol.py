@@ -50,7 +50,7 @@ class _Generation(_Strict):
   ignore_eos: bool | None = None
   # Exit policy.
   strategy: str | None = None
-  threshold: float | list[float] | None = None
+  threshold: float | list[float] | Literal['certified'] | None = None
   confidence: str | None = None
   use_early_exit: bool | None = None
   # Taken if they ask for nothing.

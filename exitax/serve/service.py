@@ -155,11 +155,14 @@ class Service:
   ) -> Work:
     self._check_model(request.model)
     self._check_logprobs(request)
+    sampler = _sampler(request)
     chosen = self.strategies.choose(
       strategy=request.strategy,
       threshold=request.threshold,
       confidence=request.confidence,
       use_early_exit=request.use_early_exit,
+      max_tokens=max_tokens,
+      temperature=sampler.temperature,
     )
     for prompt in prompts:
       self._check_length(len(prompt), max_tokens)
@@ -172,7 +175,7 @@ class Service:
         seeds=tuple(seed + number * samples + i for i in range(samples)),
         first_choice=number * samples,
         budget=max_tokens,
-        sampler=_sampler(request),
+        sampler=sampler,
         stop_tokens=stop_tokens,
         strategy=chosen.strategy,
         thresholds=chosen.thresholds,

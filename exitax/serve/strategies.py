@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from exitax.checkpoint import CERTIFIED, Certificate
 from exitax.decode import (
   OF_SCORES,
   Confidence,
@@ -23,7 +24,39 @@ SPECULATIVE = Strategy.SPECULATIVE.value
 # Confidence must be above a threshold, so this one is never met.
 NEVER = 1.0
 
-Threshold = float | list[float]
+# A text is `checkpoint.CERTIFIED`.
+Threshold = float | list[float] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Guarantee:
+  """A certificate and how this server runs the model.
+
+  Attributes:
+    certificate: of the model.
+    weights: format of the matrices.
+    kv_cache: format of keys and values.
+  """
+
+  certificate: Certificate
+  weights: str = 'compute'
+  kv_cache: str = 'compute'
+
+  def threshold(self, *, confidence: str, max_tokens: int, temperature: float) -> float:
+    """The certified threshold.
+
+    Raises:
+      UserError: the certificate does not speak of such a request; says why.
+    """
+    self.certificate.check_use(
+      max_new_tokens=max_tokens,
+      temperature=temperature,
+      strategy=DEFERRED,
+      measure=confidence,
+      weights=self.weights,
+      kv_cache=self.kv_cache,
+    )
+    return self.certificate.threshold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,32 +79,42 @@ class Strategies:
     self,
     config: ModelConfig,
     *,
-    confidence: str = 'max_prob',
+    confidence: str | None = None,
     default: str | None = None,
-    threshold: float | tuple[float, ...] | None = None,
+    threshold: float | tuple[float, ...] | str | None = None,
     num_top: int = 0,
+    guarantee: Guarantee | None = None,
   ) -> None:
     """Checks the server's own settings.
 
     Args:
       config: the model.
-      confidence: what thresholds are compared with; compiled, so one for all requests.
+      confidence: what thresholds are compared with; compiled, so one for all requests. None takes
+        the certificate's if the threshold is 'certified', else 'max_prob'.
       default: strategy of requests that name none; by default 'deferred' with a threshold, else
         'speculative', or 'full' without exits.
-      threshold: of requests that exit early and name none; None asks them for one.
+      threshold: of requests that exit early and name none; None asks them for one. 'certified' is for
+        the requests that the certificate speaks of, and the others run without loss.
       num_top: alternatives whose log-probabilities are recorded per token.
+      guarantee: the model's certificate, if it has one.
 
     Raises:
       UserError: a strategy or threshold that the model has no use for.
     """
     self._config = config
+    if confidence is None:
+      confidence = Confidence.MAX_PROB.value
+      if guarantee is not None and threshold == CERTIFIED:
+        confidence = guarantee.certificate.measure
     self.confidence = choose(Confidence, confidence, name='confidence')
-    self._threshold, self._num_top = threshold, num_top
+    self._threshold, self._num_top, self._guarantee = threshold, num_top, guarantee
     self.plans = self._make_plans()
-    lossless = SPECULATIVE if config.exits else FULL
-    self.default = default or (lossless if threshold is None else DEFERRED)
+    self._lossless = SPECULATIVE if config.exits else FULL
+    self.default = default or (self._lossless if threshold is None else DEFERRED)
     if self.default not in self.plans:
       raise UserError(f'strategy={self.default!r}: {self._why_not(self.default)}')
+    if threshold == CERTIFIED:
+      self._certified(max_tokens=1, temperature=0.0)  # It must speak of some requests at least.
     try:
       self.choose()
     except Refusal as refusal:
@@ -88,9 +131,14 @@ class Strategies:
     return (self.plans.get(SPECULATIVE, self.plans[FULL]), *self.plans.values())
 
   @property
-  def default_threshold(self) -> float | tuple[float, ...] | None:
+  def default_threshold(self) -> float | tuple[float, ...] | str | None:
     """Threshold of requests that exit early and name none."""
     return self._threshold
+
+  @property
+  def has_certificate(self) -> bool:
+    """Whether requests may ask for the certified threshold."""
+    return self._guarantee is not None
 
   def choose(
     self,
@@ -99,8 +147,18 @@ class Strategies:
     threshold: Threshold | None = None,
     confidence: str | None = None,
     use_early_exit: bool | None = None,
+    max_tokens: int = 1,
+    temperature: float = 0.0,
   ) -> Chosen:
     """What a request's fields ask for.
+
+    Args:
+      strategy: its name, or None.
+      threshold: a number, one per exit, 'certified', or None.
+      confidence: the measure that the request expects.
+      use_early_exit: False forbids exits, True asks for them.
+      max_tokens: tokens to generate at most, which certificates limit.
+      temperature: of sampling; certificates are for 0.
 
     Raises:
       Refusal: 422, values out of range, fields that contradict each other, no such strategy.
@@ -115,7 +173,8 @@ class Strategies:
       raise bad_policy(f'strategy={strategy!r}: {self._why_not(strategy)}', param='strategy')
     if use_early_exit is False:
       return self._without_exits(strategy, threshold)
-    name = strategy or (DEFERRED if threshold is not None or use_early_exit else self.default)
+    asked = strategy is not None or threshold is not None or bool(use_early_exit)
+    name = strategy or (DEFERRED if asked else self.default)
     if name not in self.plans:
       field = 'threshold' if threshold is not None else 'use_early_exit'
       raise bad_policy(f'{field}: {self._why_not(name)}', param=field)
@@ -127,7 +186,20 @@ class Strategies:
           param=field,
         )
       return Chosen(strategy=name, thresholds=self._never())
-    return Chosen(strategy=name, thresholds=self._thresholds(threshold))
+    wanted = self._threshold if threshold is None else threshold
+    if not isinstance(wanted, str):
+      return Chosen(strategy=name, thresholds=self._thresholds(wanted))
+    if wanted != CERTIFIED:
+      raise bad_policy(
+        f'threshold={wanted!r} is not known: give a number, or {CERTIFIED!r}', param='threshold'
+      )
+    try:
+      certified = self._certified(max_tokens=max_tokens, temperature=temperature)
+    except UserError as error:
+      if asked:
+        raise bad_policy(str(error), param='threshold') from None
+      return Chosen(strategy=self._lossless, thresholds=self._never())
+    return Chosen(strategy=name, thresholds=self._thresholds(certified))
 
   def _without_exits(self, strategy: str | None, threshold: Threshold | None) -> Chosen:
     if strategy not in (None, FULL) or threshold is not None:
@@ -137,8 +209,16 @@ class Strategies:
       )
     return Chosen(strategy=FULL, thresholds=self._never())
 
-  def _thresholds(self, threshold: Threshold | None) -> tuple[float, ...]:
-    value = self._threshold if threshold is None else threshold
+  def _certified(self, *, max_tokens: int, temperature: float) -> float:
+    if self._guarantee is None:
+      raise UserError(
+        'this model has no certificate: make one with `exitax calibrate`, or give a number'
+      )
+    return self._guarantee.threshold(
+      confidence=self.confidence.value, max_tokens=max_tokens, temperature=temperature
+    )
+
+  def _thresholds(self, value: float | list[float] | tuple[float, ...] | None) -> tuple[float, ...]:
     if value is None:
       raise bad_policy(
         'give threshold, in [0, 1]: this server was started without --threshold',

@@ -58,4 +58,3 @@ def test_quickstart(
   again = exitax(*arguments, '--gin.TRAIN_STEPS=5')
   assert again.status == 0
   assert 'resuming from step 5' in again.out
-

@@ -127,13 +127,17 @@ def run_command(command: str, runs: Path) -> None:
     argv += SMALL_CALIBRATION
   elif argv[0] == 'generate':
     argv += ['--max_new_tokens=4']
-    if 'certified' in command and not (runs / 'quickstart' / 'certificate.json').exists():
-      run_command('calibrate --model_dir=runs/quickstart', runs)
+    _certify_if_asked(command, runs)
   elif argv[0] == 'plan':
     argv += ['--estimate_only']  # Compiling a model of that size takes minutes.
   with pytest.raises(SystemExit) as stop:
     main(argv)
   assert not stop.value.code, command
+
+
+def _certify_if_asked(command: str, runs: Path) -> None:
+  if 'certified' in command and not (runs / 'quickstart' / 'certificate.json').exists():
+    run_command('calibrate --model_dir=runs/quickstart', runs)
 
 
 DOCUMENTED = [
@@ -150,6 +154,7 @@ def test_documented_command(
 ) -> None:
   monkeypatch.chdir(ROOT)
   if command.startswith('serve'):
+    _certify_if_asked(command, model_dirs)
     with serving(command.replace('runs/mine', 'runs/quickstart'), model_dirs, subprocess_env):
       return
   if (

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from exitax.checkpoint import LoadedModel
+from exitax.checkpoint import Certificate, LoadedModel
 from exitax.errors import UserError
 from exitax.models import ModelConfig
 from exitax.serve.refusals import Refusal
-from exitax.serve.strategies import Strategies
+from exitax.serve.strategies import Guarantee, Strategies
 
 
 @pytest.fixture
@@ -63,6 +63,72 @@ def test_refusals(config: ModelConfig, fields, words: str):
   assert refused.value.param in fields or refused.value.param == 'threshold'
 
 
+def certificate(**changes) -> Certificate:
+  """0.7 of the margin for at most 64 greedy tokens."""
+  made = Certificate(
+    statement='',
+    metric='token_agreement',
+    risk=0.02,
+    confidence=0.95,
+    method='ltt',
+    threshold=0.7,
+    measure='margin',
+    strategy='recompute',
+    exit_layers=(1, 2),
+    examples=500,
+    population='windows',
+    examples_digest='',
+    rows=(),
+    settings={'max_new_tokens': 64, 'temperature': 0.0},
+    checkpoint_step=0,
+    checkpoint_digest='',
+    versions={},
+    created='',
+  )
+  return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'strategy', 'thresholds'),
+  [
+    ({'max_tokens': 64}, 'deferred', (0.7, 0.7)),
+    ({'max_tokens': 64, 'threshold': 'certified'}, 'deferred', (0.7, 0.7)),
+    ({'max_tokens': 64, 'use_early_exit': True}, 'deferred', (0.7, 0.7)),
+    ({'max_tokens': 64, 'threshold': 0.2}, 'deferred', (0.2, 0.2)),
+    # Nothing was asked for and nothing is guaranteed: nothing is lost.
+    ({'max_tokens': 65}, 'speculative', (1.0, 1.0)),
+    ({'max_tokens': 64, 'temperature': 0.5}, 'speculative', (1.0, 1.0)),
+  ],
+)
+def test_a_certified_default(config: ModelConfig, fields, strategy: str, thresholds):
+  server = Strategies(config, threshold='certified', guarantee=Guarantee(certificate()))
+  assert server.confidence.value == 'margin'  # The certificate's.
+  chosen = server.choose(**fields)
+  assert (chosen.strategy, chosen.thresholds) == (strategy, thresholds)
+
+
+@pytest.mark.parametrize(
+  ('guarantee', 'fields', 'words'),
+  [
+    (None, {}, 'this model has no certificate'),
+    (Guarantee(certificate()), {'max_tokens': 65}, 'at most 64 new tokens'),
+    (Guarantee(certificate()), {'temperature': 0.5}, 'greedy'),
+    (Guarantee(certificate(measure='entropy')), {}, 'confidence=margin: the certificate'),
+    (Guarantee(certificate(strategy='copy_state')), {}, 'strategy=deferred: the certificate'),
+    (Guarantee(certificate(), weights='int8'), {}, 'weights=int8: the certificate'),
+    (Guarantee(certificate(), kv_cache='int8'), {}, 'kv_cache=int8: the certificate'),
+  ],
+)
+def test_requests_that_no_certificate_speaks_of(config: ModelConfig, guarantee, fields, words):
+  server = Strategies(config, confidence='margin', guarantee=guarantee)
+  with pytest.raises(Refusal, match=words) as refused:
+    server.choose(threshold='certified', **fields)
+  assert (refused.value.status, refused.value.param) == (422, 'threshold')
+  if not fields:  # Then a server that is to hold it for all requests does not start.
+    with pytest.raises(UserError, match=words):
+      Strategies(config, confidence='margin', threshold='certified', guarantee=guarantee)
+
+
 @pytest.mark.parametrize(
   'fields',
   [
@@ -87,6 +153,8 @@ def test_a_model_without_exits_says_so(config: ModelConfig, fields):
     {'default': 'deferred'},
     {'threshold': 2.0},
     {'threshold': (0.1, 0.2, 0.3)},
+    {'threshold': 'certain'},
+    {'threshold': 'certified'},
     {'confidence': 'guess'},
   ],
 )

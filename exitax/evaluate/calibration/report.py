@@ -119,6 +119,7 @@ def make_certificate(report: CalibrationReport, *, checkpoint_digest: str) -> Ce
       'patience': 2,
       'decay': 0.0,
       'weights': 'compute',
+      'kv_cache': 'compute',
       'precision': report.model.precision,
     },
     checkpoint_step=report.model.step,
