@@ -23,10 +23,11 @@ class StepTimer:
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
+    cache_format: decode.CacheFormat = decode.CacheFormat.COMPUTE,
   ) -> None:
     """Compiles by running once; `params` are those of `decode.prepare_params`."""
     self.policy, self.new_tokens = policy, new_tokens
-    self.batch = len(prompts)
+    self.batch, self._cache_format = len(prompts), cache_format
     self._model, self._params, self._prompts = model, params, prompts
     self._plan = policy.plan(model.config)
     self.seconds()
@@ -78,4 +79,5 @@ class StepTimer:
       policy=self.policy,
       requests=requests,
       max_new_tokens=self.new_tokens,
+      cache_format=self._cache_format,
     )
