@@ -36,9 +36,13 @@ from exitax.planning import (
   find_target,
   gin_bindings,
   make_plan,
+  rank_layouts,
+  render_compiled,
+  render_larger,
   render_plan,
   render_search,
   search,
+  smallest_slice,
   to_png,
 )
 from exitax.training import RunConfig
@@ -104,8 +108,13 @@ def _plan(
 ) -> int:
   with console.status(f'compiling for {target.name}'):
     plan = make_plan(run_config, target, compile=not flags.estimate_only)
-    remedies = () if plan.fits or target.chip is None else _remedies(plan)
-  console.print(render_plan(plan, remedies))
+    remedies, larger = (), None
+    if not plan.fits and target.chip is not None:
+      # The fastest layouts that fit by estimate, or the smallest.
+      ranking = rank_layouts(run_config, target)
+      remedies = ranking.ranked[:3]
+      larger = None if ranking.fits else smallest_slice(run_config, target)
+  console.print(render_plan(plan, remedies, larger))
   _write(plan, flags.output_dir, console)
   return 0 if plan.fits else DOES_NOT_FIT
 
@@ -119,16 +128,23 @@ def _search(
     def on_compile(number: int, candidate: Candidate) -> None:
       status.update(f'compiling {number + 1} of {count}: {describe_layout(candidate.run)}')
 
-    result = search(run_config, target, num_compiled=count, on_compile=on_compile)
-  console.print(render_search(result))
-  best = result.best if count else _by_estimate(result, target)
+    result = search(
+      run_config,
+      target,
+      num_compiled=count,
+      on_ranked=lambda ranking: console.print(render_search(ranking)),
+      on_compile=on_compile,
+      on_compiled=lambda number, plan: console.print(render_compiled(number, plan)),
+    )
+    best = result.best if count else _by_estimate(result, target)
+    larger = None if result.fits else smallest_slice(run_config, target)
   if best is None:
     smallest = result.ranked[0].estimate.memory.total
     reason = (
       'none of those compiled fits: compile more with --num_compiled'
       if result.fits
       else f'nothing fits by estimate: {format_bytes(smallest - result.limit)} more than the '
-      f'{format_bytes(result.limit)} there are, at least: take a larger slice'
+      f'{format_bytes(result.limit)} there are, at least: {render_larger(larger)}'
     )
     console.print(reason, style='red')
     return DOES_NOT_FIT
@@ -140,11 +156,6 @@ def _search(
 def _by_estimate(result: SearchResult, target: Target) -> Plan | None:
   """The first of the ranking, if it fits."""
   return make_plan(result.ranked[0].run, target, compile=False) if result.fits else None
-
-
-def _remedies(plan: Plan) -> tuple[Candidate, ...]:
-  """The fastest layouts that fit by estimate, or the smallest."""
-  return search(plan.run, plan.target, num_compiled=0).ranked[:3]
 
 
 def _write(plan: Plan, directory: str | None, console: Console) -> None:

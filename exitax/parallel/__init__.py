@@ -75,7 +75,13 @@ from exitax.parallel.sharding import (
   shardings_like,
   tree_shardings,
 )
-from exitax.parallel.topology import Topology, has_tpu_compiler, parse_topology, tpu_devices
+from exitax.parallel.topology import (
+  Topology,
+  has_tpu_compiler,
+  larger_slices,
+  parse_topology,
+  tpu_devices,
+)
 
 __all__ = [
   # Mesh.
@@ -165,6 +171,7 @@ __all__ = [
   # Slices that are not here.
   'Topology',
   'has_tpu_compiler',
+  'larger_slices',
   'parse_topology',
   'tpu_devices',
 ]

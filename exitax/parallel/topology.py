@@ -93,6 +93,13 @@ def parse_topology(name: str) -> Topology:
   return Topology(generation, sizes, chip)
 
 
+def larger_slices(topology: Topology) -> tuple[Topology, ...]:
+  """The slices of a generation with more chips than one of its slices, smallest first."""
+  shapes = (_sizes(shape) for shape in _SHAPES[len(topology.shape)])
+  slices = (dataclasses.replace(topology, shape=shape) for shape in shapes)
+  return tuple(item for item in slices if item.num_chips > topology.num_chips)
+
+
 def has_tpu_compiler() -> bool:
   """Whether libtpu, which holds the TPU compiler, is installed."""
   return importlib.util.find_spec('libtpu') is not None

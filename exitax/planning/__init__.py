@@ -11,14 +11,22 @@ from exitax.planning.picture import draw_schedule, draw_schedules, to_png
 
 # Both.
 from exitax.planning.plan import COMFORTABLE, Plan, make_plan
-from exitax.planning.rendering import render_plan, render_search, render_timeline
+from exitax.planning.rendering import (
+  render_compiled,
+  render_larger,
+  render_plan,
+  render_search,
+  render_timeline,
+)
 from exitax.planning.search import (
   Candidate,
   SearchResult,
   describe_layout,
   gin_bindings,
   layouts,
+  rank_layouts,
   search,
+  smallest_slice,
 )
 
 # Where.
@@ -45,10 +53,14 @@ __all__ = [
   'gin_bindings',
   'layouts',
   'make_plan',
+  'rank_layouts',
+  'render_compiled',
+  'render_larger',
   'render_plan',
   'render_search',
   'render_timeline',
   'search',
+  'smallest_slice',
   'span_cost',
   'to_png',
   'traced_cost',

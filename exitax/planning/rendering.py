@@ -6,16 +6,27 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from exitax.parallel import Chip, Schedule, WorkKind, format_bytes
+from exitax.parallel import Chip, Schedule, Topology, WorkKind, format_bytes
 from exitax.planning.plan import COMFORTABLE, Plan
 from exitax.planning.search import Candidate, SearchResult, describe_layout
 
 _FORWARD, _BACKWARD, _IDLE = 'blue', 'green', 'bright_black'
 
 
-def render_plan(plan: Plan, remedies: tuple[Candidate, ...] = ()) -> RenderableType:
-  """Everything that a plan says; `remedies` are other layouts where it does not fit, the best first."""
-  parts: list[RenderableType] = [_heading(plan), _memory_table(plan), _verdict(plan, remedies)]
+def render_plan(
+  plan: Plan,
+  remedies: tuple[Candidate, ...] = (),
+  larger: tuple[Topology, Candidate] | None = None,
+) -> RenderableType:
+  """Everything that a plan says.
+
+  Args:
+    plan: the plan.
+    remedies: where it does not fit, other layouts, the best first.
+    larger: where none of them fits either, a slice that would do.
+  """
+  verdict = _verdict(plan, remedies, larger)
+  parts: list[RenderableType] = [_heading(plan), _memory_table(plan), verdict]
   parts.append(_time_table(plan))
   if plan.compiled and plan.compiled.collectives:
     parts.append(_collectives_table(plan))
@@ -25,30 +36,43 @@ def render_plan(plan: Plan, remedies: tuple[Candidate, ...] = ()) -> RenderableT
 
 
 def render_search(result: SearchResult, *, num_shown: int = 10) -> RenderableType:
-  """The ranking: estimates, and beside them what the compiler found."""
+  """The ranking, by estimate."""
   order = 'fastest that fit first'
   if not result.is_comfortable:
     order = f'none within {COMFORTABLE:.0%} of {format_bytes(result.limit)}, smallest first'
   table = Table(title=f'{result.num_tried:,} layouts tried, {order}', box=None)
-  for name in ('', 'layout'):
-    table.add_column(name)
-  compiled = ('compiled',) if result.plans else ()
-  for name in ('step', 'MFU', 'bubble', 'memory', *compiled):
+  for name in ('', 'step', 'MFU', 'bubble', 'memory'):
     table.add_column(name, justify='right')
-  for number, candidate in enumerate(result.ranked[:num_shown]):
+  table.add_column('layout')  # Last: it is long, and may be broken on narrow terminals.
+  for number, candidate in enumerate(result.ranked[:num_shown], start=1):
     estimate = candidate.estimate
     assert estimate.time is not None
-    plan = result.plans[number] if number < len(result.plans) else None
     table.add_row(
-      f'{number + 1}.',
-      describe_layout(candidate.run),
+      f'{number}.',
       _seconds(estimate.time.step),
       f'{estimate.mfu:.0%}',
       f'{estimate.bubble:.1%}',
       format_bytes(estimate.memory.total),
-      *([_compiled_memory(plan)] if compiled else []),
+      describe_layout(candidate.run),
     )
   return table
+
+
+def render_compiled(number: int, plan: Plan) -> Text:
+  """What the compiler found of the layout at a place (from 0) of the ranking."""
+  estimated = format_bytes(plan.estimate.memory.total)
+  text = Text(f'{number + 1}. compiled: ')
+  text.append_text(_compiled_memory(plan))
+  text.append(f' (estimated {estimated})')
+  return text
+
+
+def render_larger(larger: tuple[Topology, Candidate] | None) -> str:
+  """Which slice would do, and how."""
+  if larger is None:
+    return 'take a larger slice'
+  topology, candidate = larger
+  return f'take {topology}, {_layout_and_memory(candidate)}'
 
 
 def render_timeline(schedule: Schedule, *, width: int = 96) -> Text:
@@ -126,7 +150,9 @@ def _memory_table(plan: Plan) -> Table:
   return table
 
 
-def _verdict(plan: Plan, remedies: tuple[Candidate, ...]) -> Text:
+def _verdict(
+  plan: Plan, remedies: tuple[Candidate, ...], larger: tuple[Topology, Candidate] | None
+) -> Text:
   limit = plan.memory_limit
   if limit is None:
     return Text('no data sheet of this device: name one with --chip to compare with')
@@ -147,7 +173,7 @@ def _verdict(plan: Plan, remedies: tuple[Candidate, ...]) -> Text:
   )
   fitting = [c for c in remedies if c.estimate.memory.total <= limit]
   if not fitting:
-    text.append('\nnothing fits by estimate: take a larger slice', style='red')
+    text.append(f'\nnothing fits by estimate: {render_larger(larger)}', style='red')
     for least in remedies[:1]:
       text.append(f'\nthe smallest: {_layout_and_memory(least)}')
     return text
@@ -205,9 +231,7 @@ def _collectives_table(plan: Plan) -> Table:
   return table
 
 
-def _compiled_memory(plan: Plan | None) -> Text:
-  if plan is None:
-    return Text('')
+def _compiled_memory(plan: Plan) -> Text:
   if not plan.fits or plan.memory_bytes is None:
     return Text('does not fit', style='red')
   remat = plan.compiled.num_rematerialised if plan.compiled else 0

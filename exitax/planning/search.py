@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from exitax.errors import UserError
 from exitax.models import Remat
 from exitax.objectives import VocabPlacement
-from exitax.parallel import MeshConfig, ScheduleKind, divisors, use
+from exitax.parallel import MeshConfig, ScheduleKind, Topology, divisors, larger_slices, use
 from exitax.planning.estimate import Estimate, estimate
 from exitax.planning.plan import COMFORTABLE, Plan, make_plan
 from exitax.planning.target import Target
@@ -36,13 +36,13 @@ class SearchResult:
     num_tried: layouts that suit model, batch and target.
     ranked: those whose estimated memory is comfortable, fastest first; those that are not, by
       memory, if none is.
-    plans: the best of `ranked`, compiled, in the order of the ranking.
+    plans: the best of `ranked`, compiled, in the order of the ranking; none if nothing fits.
   """
 
   limit: int
   num_tried: int
   ranked: tuple[Candidate, ...]
-  plans: tuple[Plan, ...]
+  plans: tuple[Plan, ...] = ()
 
   @property
   def fits(self) -> bool:
@@ -67,7 +67,9 @@ def search(
   target: Target,
   *,
   num_compiled: int = 3,
+  on_ranked: Callable[[SearchResult], None] | None = None,
   on_compile: Callable[[int, Candidate], None] | None = None,
+  on_compiled: Callable[[int, Plan], None] | None = None,
 ) -> SearchResult:
   """Tries mesh shapes, schedules, microbatches, recomputation and the scores' place.
 
@@ -76,12 +78,34 @@ def search(
   Args:
     run: the run; its mesh and pipeline are what is searched.
     target: devices with a data sheet: without one nothing tells fast from slow.
-    num_compiled: how many of the best to compile.
+    num_compiled: how many of the best to compile, if any fits by estimate.
+    on_ranked: told the ranking before anything is compiled, which takes far longer.
     on_compile: told before each compilation.
+    on_compiled: told what it found.
 
   Raises:
     UserError: no data sheet, or nothing suits.
   """
+  result = rank_layouts(run, target)
+  if on_ranked:
+    on_ranked(result)
+  plans = []
+  for number, candidate in enumerate(result.ranked[: num_compiled if result.fits else 0]):
+    if on_compile:
+      on_compile(number, candidate)
+    plans.append(make_plan(candidate.run, target))
+    if on_compiled:
+      on_compiled(number, plans[-1])
+  return dataclasses.replace(result, plans=tuple(plans))
+
+
+def rank_layouts(run: RunConfig, target: Target, *, num_devices: int | None = None) -> SearchResult:
+  """The ranking of a search, by arithmetic alone: on as many devices as there are, or are given.
+
+  Raises:
+    UserError: no data sheet, or nothing suits.
+  """
+  num_devices = num_devices or len(target.devices)
   if target.chip is None:
     raise UserError(
       f'a search needs the data sheet of {target.name}: name a slice with --topology=v5e:4x4, or '
@@ -89,24 +113,33 @@ def search(
     )
   candidates = []
   with use(target.one_device(), run.sharding):
-    for layout in layouts(run, len(target.devices)):
+    for layout in layouts(run, num_devices):
       try:
-        candidates.append(Candidate(layout, estimate(layout, len(target.devices), target.chip)))
+        candidates.append(Candidate(layout, estimate(layout, num_devices, target.chip)))
       except UserError:  # A size that this mesh cannot have.
         continue
   if not candidates:
     raise UserError(
-      f'no layout of {len(target.devices)} devices suits {run.data.batch_size} rows and this model: '
+      f'no layout of {num_devices} devices suits {run.data.batch_size} rows and this model: '
       'choose a batch_size with more divisors'
     )
   limit = target.chip.hbm_bytes
-  ranked = _rank(candidates, COMFORTABLE * limit)
-  plans = []
-  for number, candidate in enumerate(ranked[:num_compiled]):
-    if on_compile:
-      on_compile(number, candidate)
-    plans.append(make_plan(candidate.run, target))
-  return SearchResult(limit, len(candidates), tuple(ranked), tuple(plans))
+  return SearchResult(limit, len(candidates), tuple(_rank(candidates, COMFORTABLE * limit)))
+
+
+def smallest_slice(run: RunConfig, target: Target) -> tuple[Topology, Candidate] | None:
+  """The smallest slice of the target's generation where the run fits by estimate, and how.
+
+  None if it fits on none of those that can be had, or the target is no slice.
+  """
+  for topology in larger_slices(target.topology) if target.topology else ():
+    try:
+      result = rank_layouts(run, target, num_devices=topology.num_chips)
+    except UserError:  # The batch has too few rows for so many.
+      continue
+    if result.fits:
+      return topology, result.ranked[0]
+  return None
 
 
 def layouts(run: RunConfig, num_devices: int) -> Iterator[RunConfig]:

@@ -13,6 +13,7 @@ from exitax.parallel import (
   CHIPS,
   Chip,
   MeshConfig,
+  Topology,
   emulate_devices,
   find_chip,
   has_tpu_compiler,
@@ -31,12 +32,14 @@ class Target:
     devices: the devices, of which a mesh is made.
     chip: their data sheet; None for CPUs and unlisted chips.
     note: what a reader must know of it; empty if nothing.
+    topology: the slice; None for devices that are here.
   """
 
   name: str
   devices: tuple[Any, ...]
   chip: Chip | None
   note: str = ''
+  topology: Topology | None = None
 
   @property
   def platform(self) -> str:
@@ -66,13 +69,13 @@ def find_target(topology: str | None, chip_name: str | None = None) -> Target:
   slice_ = parse_topology(topology)
   if has_tpu_compiler():
     jax.config.update('jax_platforms', 'cpu')  # The host of this program, not of the plan.
-    return Target(str(slice_), tuple(tpu_devices(slice_)), slice_.chip)
+    return Target(str(slice_), tuple(tpu_devices(slice_)), slice_.chip, topology=slice_)
   emulate_devices(slice_.num_chips)
   note = (
     'the TPU compiler is not installed (pip install "exitax[plan]"): compiled for '
     f'{slice_.num_chips} emulated CPU devices, whose memory and collectives differ'
   )
-  return Target(str(slice_), tuple(jax.devices()), slice_.chip, note)
+  return Target(str(slice_), tuple(jax.devices()), slice_.chip, note, slice_)
 
 
 def _chip(name: str) -> Chip:

@@ -108,7 +108,8 @@ def test_what_cannot_fit_has_status_1_and_names_what_would(exitax):
   )
   assert found.status == 1
   assert 'does not fit: ' in found.out
-  assert 'nothing fits by estimate: take a larger slice\nthe smallest: data=' in found.out
+  assert 'nothing fits by estimate: take v5e:' in found.out
+  assert '\nthe smallest: data=' in found.out
   found = exitax(
     'plan',
     '--gin_file=gin/models/ee_1p3b.gin',

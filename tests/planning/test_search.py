@@ -12,7 +12,16 @@ from exitax import parallel
 from exitax.commands import gin_config
 from exitax.errors import UserError
 from exitax.parallel import MeshConfig
-from exitax.planning import COMFORTABLE, Target, describe_layout, gin_bindings, layouts, search
+from exitax.planning import (
+  COMFORTABLE,
+  Target,
+  describe_layout,
+  gin_bindings,
+  layouts,
+  rank_layouts,
+  search,
+  smallest_slice,
+)
 from exitax.training import RunConfig
 from tests.planning.tiny_run import tiny_run
 
@@ -77,14 +86,45 @@ def test_where_nothing_fits_the_smallest_come_first():
   assert not result.is_comfortable
 
 
+def test_nothing_is_compiled_where_nothing_fits():
+  def refuse(number, candidate):
+    raise AssertionError('compiling')
+
+  small = _target(dataclasses.replace(V5E, hbm_bytes=1))
+  assert search(RUN, small, num_compiled=1, on_compile=refuse).plans == ()
+
+
+def test_the_smallest_slice_that_would_do():
+  one = dataclasses.replace(_target(), topology=parallel.parse_topology('v5e:1x1'))
+  needed = {n: _least_memory(rank_layouts(RUN, one, num_devices=n)) for n in (1, 4, 8)}
+  assert needed[1] > needed[4] > needed[8]
+  limited = dataclasses.replace(one, chip=dataclasses.replace(V5E, hbm_bytes=needed[4]))
+  assert not rank_layouts(RUN, limited, num_devices=1).fits
+  topology, candidate = smallest_slice(RUN, limited)
+  assert str(topology) == 'v5e:2x2'
+  assert candidate.estimate.memory.total == needed[4]
+  nothing = dataclasses.replace(one, chip=dataclasses.replace(V5E, hbm_bytes=1))
+  assert smallest_slice(RUN, nothing) is None
+  assert smallest_slice(RUN, _target()) is None  # Devices that are here are no slice.
+
+
+def _least_memory(result):
+  return min(candidate.estimate.memory.total for candidate in result.ranked)
+
+
 @pytest.mark.slow
 def test_the_best_few_are_compiled():
   told = []
   result = search(
-    RUN, _target(), num_compiled=1, on_compile=lambda number, candidate: told.append(number)
+    RUN,
+    _target(),
+    num_compiled=1,
+    on_ranked=lambda ranking: told.append(ranking.plans),
+    on_compile=lambda number, candidate: told.append(number),
+    on_compiled=lambda number, plan: told.append(plan),
   )
-  assert told == [0]
   (plan,) = result.plans
+  assert told == [(), 0, plan]
   assert plan.run == result.ranked[0].run
   assert plan.compiled.memory.total > plan.estimate.memory.parameters
   assert result.best is plan
