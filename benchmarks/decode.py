@@ -38,6 +38,7 @@ from common import (
 )
 from decode_products import DecodeProducts
 from llama_twin import make_llama
+from roofline import measured_rates, rate_measures, step_bound
 from step_timer import StepTimer
 
 from exitax import decode
@@ -48,8 +49,6 @@ CONFIG = ModelConfig(
 )
 EXITS = (ExitConfig(layer=2), ExitConfig(layer=4))
 PROMPT = 64
-SUM_BYTES = 512 << 20
-MATMUL = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,22 +193,6 @@ def main() -> None:
 # Accounting.
 
 
-def rate_measures() -> dict[str, Callable[[], float]]:
-  """Seconds of summing `SUM_BYTES` and of one `MATMUL` product, in XLA and in torch."""
-  ours, theirs = jnp.ones(SUM_BYTES // 4), torch.ones(SUM_BYTES // 4)
-  square, their_square = jnp.ones((MATMUL, MATMUL)), torch.ones(MATMUL, MATMUL)
-  sum_fn, matmul_fn = jax.jit(jnp.sum), jax.jit(jnp.matmul)
-  acts: dict[str, Callable[[], Any]] = {
-    'sum_xla': lambda: sum_fn(ours).block_until_ready(),
-    'sum_torch': lambda: theirs.sum().item(),
-    'matmul_xla': lambda: matmul_fn(square, square).block_until_ready(),
-    'matmul_torch': lambda: their_square @ their_square,
-  }
-  for act in acts.values():
-    act()
-  return {name: lambda act=act: seconds_of(act) for name, act in acts.items()}
-
-
 def _row(ours: Ours, index: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
   batch, new_tokens = ours.case.batch, ours.new_tokens
   steps = seconds[f'steps_{index}']
@@ -222,30 +205,27 @@ def _row(ours: Ours, index: int, seconds: dict[str, list[float]]) -> dict[str, A
     'effective_layers': ours.steps.effective_layers,
   }
   if isinstance(ours.case.policy, decode.FullDepth):
-    sums = [min(pair) for pair in zip(seconds['sum_xla'], seconds['sum_torch'], strict=True)]
-    matmuls = [min(p) for p in zip(seconds['matmul_xla'], seconds['matmul_torch'], strict=True)]
-    bandwidths = [SUM_BYTES / value for value in sums]
-    rates = [2 * MATMUL**3 / value for value in matmuls]
-    bounds = [new_tokens * _bound(ours, *pair) for pair in zip(bandwidths, rates, strict=True)]
+    rates = measured_rates(seconds)
+    bounds = [
+      new_tokens
+      * step_bound(
+        CONFIG,
+        ours.params,
+        batch=batch,
+        keys=PROMPT + (new_tokens - 1) / 2,
+        bandwidth=bandwidth,
+        matmul_rate=rate,
+      )
+      for bandwidth, rate in rates
+    ]
     row |= {
       'bound_ms': statistics.median(bounds) / new_tokens * 1e3,
       'of_roofline': median_ratio(bounds, steps),
       'products_of_roofline': median_ratio(bounds, seconds[f'products_{batch}']),
-      'gb_per_s': statistics.median(bandwidths) / 1e9,
-      'gflop_per_s': statistics.median(rates) / 1e9,
+      'gb_per_s': statistics.median(rate[0] for rate in rates) / 1e9,
+      'gflop_per_s': statistics.median(rate[1] for rate in rates) / 1e9,
     }
   return row
-
-
-def _bound(ours: Ours, bandwidth: float, matmul_rate: float) -> float:
-  """Least seconds of a mean step: all weights and the keys and values that exist are read once."""
-  cfg, batch = CONFIG, ours.case.batch
-  weights = sum(leaf.size for leaf in jax.tree.leaves(ours.params))
-  keys = PROMPT + (ours.new_tokens - 1) / 2
-  cached = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * keys * batch
-  num_bytes = 4 * (weights + cached)
-  attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys * batch
-  return max(num_bytes / bandwidth, (2 * weights * batch + attention) / matmul_rate)
 
 
 # The same weights on both sides.

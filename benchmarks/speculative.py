@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from assisted_twin import AssistedLlama
 from common import Effort, Goal, effort_from_arguments, finish, in_turns, median_ratio, say
+from roofline import measured_rates, rate_measures, step_bound
 from step_timer import StepTimer
-from trained import held_out, trained
+from trained import held_out, held_out_loss, trained
 
 from exitax import decode
 from exitax.checkpoint import LoadedModel
@@ -53,7 +54,7 @@ SIZES = {
 
 
 class Subject:
-  """One model with everything that is measured of it."""
+  """One model at full depth."""
 
   def __init__(self, name: str, effort: Effort, size: Size) -> None:
     self.name, self.size = name, size
@@ -61,22 +62,8 @@ class Subject:
     self.model = self.loaded.model
     self.params = decode.prepare_params(self.model, self.loaded.params)
     self.prompts = held_out(self.loaded, count=size.prompts, num_tokens=PROMPT)
-    say(f'{name}: costs of rounds')
-    self.costs = measure_draft_costs(self.model, self.params, context=PROMPT)
     self.full = self._timers(decode.FullDepth())
-    self.agreement = self._agreement()
-    self.best = {j: self._best_length(j) for j in range(len(self.model.config.exits))}
-    self.timers = {
-      'full': self.full,
-      'adaptive': self._timers(decode.Speculative(costs=self.costs)),
-    }
-    self.timers['adaptive, estimated costs'] = self._timers(decode.Speculative())
-    for j, num_drafts in self.best.items():
-      policy = decode.Speculative(
-        exit_layer=self.model.config.exits[j].layer, num_drafts=num_drafts, max_drafts=7
-      )
-      self.timers[f'exit {policy.exit_layer}, {num_drafts} drafts'] = self._timers(policy)
-    self._check_lossless()
+    self.timers = {'full': self.full}
 
   def measures(self) -> dict[str, Callable[[], float]]:
     """Seconds of all prompts, one after the other, by name of the way."""
@@ -85,39 +72,79 @@ class Subject:
       for way, timers in self.timers.items()
     }
 
-  def predicted(self, exit_index: int) -> float:
-    """Speed-up of the best number of drafts at an exit."""
-    num_drafts = self.best[exit_index]
-    tokens = decode.tokens_per_round(jnp.float32(self.agreement[exit_index]), num_drafts)
-    return self.costs.speedup(exit_index, num_drafts, float(tokens))
-
   def rows(self, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """The table: a row per way."""
-    rows = []
-    base = seconds[f'{self.name}: full']
-    total = self.size.new_tokens * len(self.prompts)
-    exits = list(self.timers)[3:]
-    for way, timers in self.timers.items():
-      taken = seconds[f'{self.name}: {way}']
-      row: dict[str, Any] = {
-        'model': self.name,
-        'way': way,
-        'tokens_per_s': total / statistics.median(taken),
-        'speedup': median_ratio(base, taken),
+    return [self.row(way, seconds) for way in self.timers]
+
+  def row(self, way: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """One way's row."""
+    taken, total = seconds[f'{self.name}: {way}'], self.size.new_tokens * len(self.prompts)
+    row: dict[str, Any] = {
+      'model': self.name,
+      'way': way,
+      'tokens_per_s': total / statistics.median(taken),
+      'speedup': median_ratio(seconds[f'{self.name}: full'], taken),
+    }
+    if way == 'full':
+      bounds = [
+        total
+        * step_bound(
+          self.model.config,
+          self.params,
+          batch=1,
+          keys=PROMPT + (self.size.new_tokens - 1) / 2,
+          bandwidth=bandwidth,
+          matmul_rate=rate,
+        )
+        for bandwidth, rate in measured_rates(seconds)
+      ]
+      row |= {
+        'of_roofline': median_ratio(bounds, taken),
+        'held_out_nll': held_out_loss(self.loaded),
       }
-      if way != 'full':
-        row |= _rounds(timers, self.size.new_tokens)
-      if way in exits:
-        index = exits.index(way)
-        row |= {'agreement': self.agreement[index], 'predicted': self.predicted(index)}
-      rows.append(row)
-    return rows
+    return row
 
   def _timers(self, policy: decode.ExitPolicy) -> list[StepTimer]:
     return [
       StepTimer(self.model, self.params, policy, [prompt], new_tokens=self.size.new_tokens)
       for prompt in self.prompts
     ]
+
+
+class Drafting(Subject):
+  """One model with exits, and every way to speculate with it."""
+
+  def __init__(self, name: str, effort: Effort, size: Size) -> None:
+    super().__init__(name, effort, size)
+    say(f'{name}: costs of rounds')
+    self.costs = measure_draft_costs(self.model, self.params, context=PROMPT)
+    self.agreement = self._agreement()
+    self.best = {j: self._best_length(j) for j in range(len(self.model.config.exits))}
+    self.timers['adaptive'] = self._timers(decode.Speculative(costs=self.costs))
+    self.timers['adaptive, estimated costs'] = self._timers(decode.Speculative())
+    for j, num_drafts in self.best.items():
+      policy = decode.Speculative(
+        exit_layer=self.model.config.exits[j].layer, num_drafts=num_drafts, max_drafts=7
+      )
+      self.timers[f'exit {policy.exit_layer}, {num_drafts} drafts'] = self._timers(policy)
+    self._check_lossless()
+
+  def predicted(self, exit_index: int) -> float:
+    """Speed-up of the best number of drafts at an exit."""
+    num_drafts = self.best[exit_index]
+    tokens = decode.tokens_per_round(jnp.float32(self.agreement[exit_index]), num_drafts)
+    return self.costs.speedup(exit_index, num_drafts, float(tokens))
+
+  def row(self, way: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Beside the base's: what rounds gained, and for fixed drafts what was predicted."""
+    row = super().row(way, seconds)
+    if way != 'full':
+      row |= _rounds(self.timers[way], self.size.new_tokens)
+    fixed = list(self.timers)[3:]
+    if way in fixed:
+      index = fixed.index(way)
+      row |= {'agreement': self.agreement[index], 'predicted': self.predicted(index)}
+    return row
 
   def _agreement(self) -> list[float]:
     """How often each exit ranks the final layer's token first, along the texts of full depth."""
@@ -151,17 +178,23 @@ def main() -> None:
   """Measures both models and transformers in turns."""
   effort = effort_from_arguments(__doc__)
   size = SIZES[effort]
-  skipping, plain = (Subject(name, effort, size) for name in ('layerskip_small', 'plain_small'))
+  kind = 'medium' if effort is Effort.FULL else 'small'
+  skipping, plain = (Drafting(f'{name}_{kind}', effort, size) for name in ('layerskip', 'plain'))
+  subjects: list[Subject] = [skipping, plain]
+  if effort is Effort.FULL:
+    subjects.append(Subject(f'shallow_{kind}', effort, size))
   say('transformers')
   theirs = AssistedLlama(skipping.model.config, skipping.loaded.params)
   exits = [None, *(item.layer for item in skipping.model.config.exits)]
-  measures = {**skipping.measures(), **plain.measures()}
+  measures = rate_measures()
+  for subject in subjects:
+    measures |= subject.measures()
   for layer in exits:
     measures[f'transformers {layer}'] = lambda layer=layer: sum(
       theirs.seconds(prompt, size.new_tokens, layer) for prompt in skipping.prompts
     )
   seconds = in_turns(measures, size.repeats)
-  rows = [*skipping.rows(seconds), *plain.rows(seconds)]
+  rows = [row for subject in subjects for row in subject.rows(seconds)]
   total = size.new_tokens * len(skipping.prompts)
   for layer in exits:
     taken = seconds[f'transformers {layer}']
@@ -179,13 +212,13 @@ def main() -> None:
   best = max(skipping.best, key=skipping.predicted)
   ways = list(skipping.timers)
   measured = median_ratio(
-    seconds['layerskip_small: full'], seconds[f'layerskip_small: {ways[3 + best]}']
+    seconds[f'{skipping.name}: full'], seconds[f'{skipping.name}: {ways[3 + best]}']
   )
-  adaptive = seconds['layerskip_small: adaptive']
+  adaptive = seconds[f'{skipping.name}: adaptive']
   goals = [
     Goal(
       name='lossless_speedup',
-      value=median_ratio(seconds['layerskip_small: full'], adaptive),
+      value=median_ratio(seconds[f'{skipping.name}: full'], adaptive),
       op='>=',
       goal=1.8,
     ),
@@ -203,7 +236,7 @@ def main() -> None:
     ),
     Goal(
       name='worst_case_slowdown',
-      value=median_ratio(seconds['plain_small: adaptive'], seconds['plain_small: full']),
+      value=median_ratio(seconds[f'{plain.name}: adaptive'], seconds[f'{plain.name}: full']),
       op='<=',
       goal=1.05,
     ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 from common import Effort, say
 
 from exitax.checkpoint import LoadedModel, load_model
@@ -13,7 +15,10 @@ from exitax.commands import gin_config
 from exitax.commands.train import CONFIG_FILE
 from exitax.data import DataConfig, build_data
 from exitax.evaluate import held_out_prompts
+from exitax.layers import Precision
+from exitax.models import ExitLM
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh
+from exitax.training import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model of seconds, to see that a benchmark works; what it measures means nothing.
@@ -28,7 +33,9 @@ SHORT = (
 def trained(name: str, effort: Effort) -> LoadedModel:
   """The model of `gin/runs/NAME.gin`, from `runs/NAME`; trained there first if it is missing.
 
-  With `Effort.QUICK` a missing model is trained for seconds only, in `runs/NAME_short`.
+  It computes in float32, whatever it was trained in: rounding makes ties of scores, and texts that are
+  to be compared part at them. With `Effort.QUICK` a missing model is trained for seconds only, in
+  `runs/NAME_short`.
   """
   directory = ROOT / 'runs' / name
   command = [f'--gin_file=gin/runs/{name}.gin']
@@ -38,8 +45,16 @@ def trained(name: str, effort: Effort) -> LoadedModel:
   command = [sys.executable, '-m', 'exitax', 'train', *command, f'--model_dir={directory}']
   # Resumes, and ends at once where nothing is missing.
   subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-  rules = ShardingRules()
-  return load_model(directory, mesh=make_mesh(MeshConfig(data=1)), rules=rules)
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  loaded = load_model(directory, mesh=mesh, rules=ShardingRules())
+  config = dataclasses.replace(loaded.model.config, precision=Precision.FLOAT32)
+  return dataclasses.replace(loaded, model=ExitLM(config))
+
+
+def held_out_loss(loaded: LoadedModel) -> float:
+  """Nats per token of the final layer on held-out text, as its training found at the end."""
+  key = 'held_out/final/nll'
+  return [line[key] for line in read_metrics(loaded.directory) if key in line][-1]
 
 
 def held_out(loaded: LoadedModel, *, count: int, num_tokens: int) -> list[list[int]]:
