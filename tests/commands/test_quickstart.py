@@ -11,10 +11,9 @@ import pytest
 from tests.commands.conftest import RunCommand
 from tests.docs.test_commands_in_documents import (
   SMALL,
-  SMALL_ADVICE,
   SMALL_EVALUATION,
+  documented_commands,
   exitax_commands,
-  serving,
 )
 
 
@@ -23,7 +22,6 @@ def test_quickstart(
   exitax: RunCommand,
   tmp_path: Path,
   monkeypatch: pytest.MonkeyPatch,
-  subprocess_env: dict[str, str],
 ) -> None:
   monkeypatch.chdir(tmp_path)
   small = [flag for flag in SMALL if 'TRAIN_STEPS' not in flag]
@@ -47,11 +45,10 @@ def test_quickstart(
 
   commands = {command.split()[0]: command for command in exitax_commands(outcome.out)}
   assert set(commands) == {'generate', 'advise', 'serve', 'inspect', 'train'}
-  for name in ('generate', 'advise', 'inspect'):
-    small_argv = SMALL_ADVICE if name == 'advise' else ()
-    assert exitax(*shlex.split(commands[name]), *small_argv).status == 0
-  with serving(commands['serve'], tmp_path / 'runs', subprocess_env):
-    pass
+  for name in ('generate', 'inspect'):
+    assert exitax(*shlex.split(commands[name])).status == 0
+  for name in ('advise', 'serve'):  # Run by the tests of the documents.
+    assert any(command.startswith(commands[name]) for command in documented_commands())
   further = exitax(*shlex.split(commands['train']), *small, '--gin.TRAIN_STEPS=5')
   assert 'resuming from step 4' in further.out
 

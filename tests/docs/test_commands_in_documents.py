@@ -80,6 +80,12 @@ def exitax_commands(text: str) -> list[str]:
   return [match.group(1) for match in found if match]
 
 
+def documented_commands() -> list[str]:
+  """All of them, in documents and gin headers."""
+  files = (*DOCUMENTS, *GIN_FILES)
+  return [command for path in files for command in exitax_commands(path.read_text('utf-8'))]
+
+
 @pytest.fixture(scope='module')
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Where `runs/` of the documents is; `runs/quickstart` has been trained."""
