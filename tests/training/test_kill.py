@@ -41,7 +41,8 @@ class _Run:
     for got in self._process.stdout:
       if got.startswith(line):
         return
-    raise AssertionError(f'ended before {line!r}: {self._process.communicate()[1]}')
+    errors = self._process.communicate()[1]
+    raise AssertionError(f'ended with {self._process.returncode} before {line!r}: {errors}')
 
   def kill(self) -> None:
     assert self._process.poll() is None
