@@ -73,7 +73,8 @@ def _run(
   """A finished state; prompts are no part of what `TICKS` counts."""
   config = loaded.model.config
   plan = policy.plan(config)
-  params = plan.placement.prepare_params(loaded.model, loaded.params)
+  # From the host: they lie on the first device, and each stage takes its part.
+  params = plan.placement.prepare_params(loaded.model, jax.device_get(loaded.params))
   requests = decode.make_requests(
     config,
     policy=policy,
