@@ -6,7 +6,8 @@ A Llama shape of 27.8M parameters (8 layers, width 512, vocabulary 4096, tied), 
 weights, greedy. The roofline of a step is max(bytes / bandwidth, flops / matmul rate): bytes are the
 weights, once, and the cached keys and values that exist; both rates are measured in this run, between
 the other timings. The products of these steps are timed alone too: what they lack of the roofline no
-arrangement of the rest can win back. transformers' `generate` runs the same weights, and its logits are checked first.
+arrangement of the rest can win back. transformers' `generate` runs the same weights, and its logits are
+checked first.
 
 The rows of other strategies show what each costs and saves at its extremes, on exits that know nothing:
 a threshold of 1 evaluates every exit and never stops, a threshold of 0 stops every token at the first

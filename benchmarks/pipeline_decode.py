@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from common import Effort, effort_from_arguments, finish, say
+from step_timer import StepTimer
 from trained import held_out, trained
 
 from exitax import decode
 from exitax.checkpoint import LoadedModel
+from exitax.models import Params
 from exitax.parallel import MeshConfig, ShardingRules, emulate_devices, make_mesh, use
 
 STAGES = 3
@@ -51,13 +53,15 @@ def _row(
       max_new_tokens=new_tokens,
       policy=decode.DeferredExit(threshold=threshold),
     )
+    policy = decode.PipelineExit(threshold=threshold)
     with use(mesh, ShardingRules()):
-      state = _run(loaded, prompt, decode.PipelineExit(threshold=threshold), new_tokens)
-    (completion,) = decode.completions_since(state, np.zeros(1, np.int32))
-    if completion.tokens.tolist() != alone.tokens[0]:
+      staged = StepTimer(
+        loaded.model, _on_stages(loaded, policy), policy, [prompt], new_tokens=new_tokens
+      )
+    if staged.tokens != alone.tokens:
       raise SystemExit(f'threshold {threshold}: stages wrote another text than one device')
-    ticks.append(int(state.aux.extra[decode.TICKS].sum()))
-    layers.append(completion.effective_layers)
+    ticks.append(int(staged.state.aux.extra[decode.TICKS].sum()))
+    layers.append(staged.effective_layers)
   per_token = sum(ticks) / (new_tokens * len(prompts))
   return {
     'threshold': threshold,
@@ -67,33 +71,10 @@ def _row(
   }
 
 
-def _run(
-  loaded: LoadedModel, prompt: list[int], policy: decode.PipelineExit, new_tokens: int
-) -> decode.DecodeState:
-  """A finished state; prompts are no part of what `TICKS` counts."""
-  config = loaded.model.config
-  plan = policy.plan(config)
-  # From the host: they lie on the first device, and each stage takes its part.
-  params = plan.placement.prepare_params(loaded.model, jax.device_get(loaded.params))
-  requests = decode.make_requests(
-    config,
-    policy=policy,
-    samplers=[decode.Sampler()],
-    stop_tokens=(),
-    seeds=[0],
-    budgets=[new_tokens],
-  )
-  state = decode.begin(
-    loaded.model, params, [prompt], policy=policy, requests=requests, max_new_tokens=new_tokens
-  )
-  return decode.run_steps(
-    loaded.model,
-    params,
-    state,
-    new_tokens * STAGES,
-    plan=plan,
-    visibility=decode.Causal(config.sliding_window),
-  )
+def _on_stages(loaded: LoadedModel, policy: decode.PipelineExit) -> Params:
+  """Prepared parameters, from the host: they lie on the first device, and each stage takes its part."""
+  placement = policy.plan(loaded.model.config).placement
+  return placement.prepare_params(loaded.model, jax.device_get(loaded.params))
 
 
 if __name__ == '__main__':

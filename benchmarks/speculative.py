@@ -35,7 +35,6 @@ from exitax.evaluate import measure_draft_costs
 from exitax.models import logits_at_exits
 
 PROMPT = 64
-ROUND_BUDGET = 48  # Tokens that `measure_draft_costs` makes room for with 7 drafts.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +117,8 @@ class Drafting(Subject):
   def __init__(self, name: str, effort: Effort, size: Size) -> None:
     super().__init__(name, effort, size)
     say(f'{name}: costs of rounds')
-    # At the size of the caches that are decoded with: attention reads all of their columns.
-    context = PROMPT + size.new_tokens - ROUND_BUDGET
-    self.costs = measure_draft_costs(self.model, self.params, context=max(context, PROMPT))
+    length = PROMPT + size.new_tokens
+    self.costs = measure_draft_costs(self.model, self.params, length=length)
     steps = [timer.seconds() / size.new_tokens for timer in self.full for _ in range(3)]
     self.step = statistics.median(steps)
     self.agreement = self._agreement()

@@ -41,7 +41,7 @@ class StepTimer:
         self._model,
         self._params,
         state,
-        self.new_tokens,
+        self.new_tokens * self._plan.placement.steps_per_token,
         plan=self._plan,
         visibility=decode.Causal(self._model.config.sliding_window),
       )

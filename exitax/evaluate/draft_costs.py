@@ -35,7 +35,7 @@ def measure_draft_costs(
   layers: tuple[int, ...] | None = None,
   max_drafts: int = 7,
   rows: int = 1,
-  context: int = 64,
+  length: int = 128,
   repeats: int = 5,
   progress: Progress = quiet,
 ) -> DraftCosts:
@@ -51,7 +51,8 @@ def measure_draft_costs(
     layers: exits to measure; None means all.
     max_drafts: most drafts of a round.
     rows: requests in the batch.
-    context: tokens of each prompt.
+    length: tokens of a prompt and its text together: attention reads all columns of a cache, and
+      there are as many.
     repeats: timings of each, in turns; the median counts.
     progress: shown while it takes.
   """
@@ -61,7 +62,7 @@ def measure_draft_costs(
   cases = [(num_exits, 0)]
   cases += [(j, d) for j in range(num_exits) for d in measured_lengths(max_drafts)]
   budget = _ROUNDS * (max_drafts + 1)
-  context = min(context, model.config.max_length - budget)
+  context = max(min(length, model.config.max_length) - budget, 1)
   requests = make_requests(
     model.config,
     policy=policy,

@@ -13,6 +13,7 @@ from exitax.checkpoint import (
   write_certificate,
 )
 from exitax.errors import UserError
+from tests.checkpoint.certificates import make_certificate
 
 
 @pytest.fixture
@@ -25,28 +26,9 @@ def model_dir(tmp_path):
   return tmp_path
 
 
-def certificate(model_dir, *, step: int = 20, **changes) -> Certificate:
-  made = Certificate(
-    statement='threshold 0.7 on max_prob: expected ...',
-    metric='token_agreement',
-    risk=0.02,
-    confidence=0.95,
-    method='ltt',
-    threshold=0.7,
-    measure='max_prob',
-    strategy='deferred',
-    exit_layers=(2, 4),
-    examples=500,
-    population='1438 windows',
-    examples_digest='abc',
-    rows=({'threshold': 1.0, 'risk': 0.0}, {'threshold': 0.7, 'risk': 0.01}),
-    settings={'max_new_tokens': 64, 'temperature': 0.0},
-    checkpoint_step=step,
-    checkpoint_digest=checkpoint_digest(model_dir, step=step),
-    versions={'jax': '0.10'},
-    created='2026-01-02T03:04:05+00:00',
-  )
-  return dataclasses.replace(made, **changes)
+def certificate(model_dir, *, step: int = 20) -> Certificate:
+  digest = checkpoint_digest(model_dir, step=step)
+  return make_certificate(checkpoint_step=step, checkpoint_digest=digest)
 
 
 def test_it_comes_back_as_it_was_written(model_dir):

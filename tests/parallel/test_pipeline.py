@@ -151,7 +151,8 @@ def test_residuals_leave_out_what_does_not_depend_on_the_activations():
 
   mask, hidden = np.ones((3, WIDTH), np.float32), data['x'][0]
   out, residuals = residuals_of(fn, kernels, mask, hidden)
-  np.testing.assert_allclose(out, fn(kernels, mask, hidden), rtol=1e-5, atol=1e-8)
+  # Another program, which may round the last bit differently.
+  np.testing.assert_allclose(out, fn(kernels, mask, hidden), rtol=2e-6, atol=0)
   shapes = [x.shape for x in residuals]
   assert shapes
   assert all(shape == (LAYERS, 3, WIDTH) for shape in shapes), shapes

@@ -11,6 +11,7 @@ from exitax.errors import UserError
 from exitax.models import ModelConfig
 from exitax.serve.refusals import Refusal
 from exitax.serve.strategies import Guarantee, Strategies
+from tests.checkpoint.certificates import make_certificate
 
 
 @pytest.fixture
@@ -64,28 +65,8 @@ def test_refusals(config: ModelConfig, fields, words: str):
 
 
 def certificate(**changes) -> Certificate:
-  """0.7 of the margin for at most 64 greedy tokens."""
-  made = Certificate(
-    statement='',
-    metric='token_agreement',
-    risk=0.02,
-    confidence=0.95,
-    method='ltt',
-    threshold=0.7,
-    measure='margin',
-    strategy='recompute',
-    exit_layers=(1, 2),
-    examples=500,
-    population='windows',
-    examples_digest='',
-    rows=(),
-    settings={'max_new_tokens': 64, 'temperature': 0.0},
-    checkpoint_step=0,
-    checkpoint_digest='',
-    versions={},
-    created='',
-  )
-  return dataclasses.replace(made, **changes)
+  """Of the margin, and of a strategy with the tokens of the server's."""
+  return make_certificate(**{'measure': 'margin', 'strategy': 'recompute', **changes})
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def main() -> None:
   parser.add_argument('--mesh', required=True)
   parser.add_argument('--train_steps', type=int, default=12)
   parser.add_argument('--checkpoint_period', type=int, default=3)
+  parser.add_argument('--keep_latest', type=int, default=2)
   parser.add_argument('--pause', type=float, default=0.0)
   parser.add_argument('--learning_rate', type=float, default=1e-2)
   flag_groups.add_device_flags(parser)
@@ -71,7 +72,8 @@ def main() -> None:
     checkpoint_period=flags.checkpoint_period,
   )
   optimizer = dataclasses.replace(config.optimizer, learning_rate=flags.learning_rate)
-  config = dataclasses.replace(config, optimizer=optimizer)
+  kept = dataclasses.replace(config.checkpoint, keep_latest=flags.keep_latest)
+  config = dataclasses.replace(config, optimizer=optimizer, checkpoint=kept)
   with joined_hosts(flags, [f'mesh = {flags.mesh}', f'train_steps = {flags.train_steps}']):
     print('start', jax.process_count(), jax.device_count(), flush=True)
     result = training.train(config, flags.model_dir, display=_Announcing(flags.pause))

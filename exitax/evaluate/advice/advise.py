@@ -100,7 +100,7 @@ def advise(
       loaded.model,
       prepare_params(loaded.model, loaded.params),
       max_drafts=config.max_drafts,
-      context=config.prompt_tokens + config.new_tokens // 2,
+      length=config.prompt_tokens + config.new_tokens,
       repeats=config.part_repeats,
       progress=progress,
     )
