@@ -25,15 +25,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from exitax.decode.acceptance import Acceptance, choose_lanes, judge
+from exitax.decode.acceptance import Acceptance, Verdict, choose_lanes, judge
 from exitax.decode.cache import KVCache
+from exitax.decode.commit import token_scores
 from exitax.decode.confidence import Confidence
 from exitax.decode.depth import run_if
 from exitax.decode.draft_choice import DraftCosts, DraftStats, choose_draft, no_stats, remember
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
 from exitax.decode.placement import LocalPlan
-from exitax.decode.plan import Agreement, Gain
+from exitax.decode.plan import Agreement, Gain, TokenScores
 from exitax.decode.sampler import choose_tokens
 from exitax.decode.scores import head_logits, scores_dtype
 from exitax.decode.state import DecodeState
@@ -125,6 +126,21 @@ class _Work:
   confidence: jax.Array
 
 
+@struct.dataclass
+class _Ruling:
+  """What the final layer says of a round.
+
+  Attributes:
+    verdict: which tokens stand.
+    confidence: f32 `[rows, width]`, of the final scores.
+    scores: what is recorded of them.
+  """
+
+  verdict: Verdict
+  confidence: jax.Array
+  scores: TokenScores
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Round:
   """One round, with what all its parts read."""
@@ -142,15 +158,12 @@ class _Round:
     exit_index, num_drafts = self._choose(stats, active)
     work = self._draft(self._start(), exit_index, num_drafts)
     work = self._verify(work, exit_index, num_drafts)
-    scores = self._final_scores(work, num_drafts)
-    verdict = judge(
-      work.tokens[:, 1:], num_drafts, scores, work.draft_scores, state.requests, state.step
-    )
-    count = jnp.where(active, verdict.accepted + 1, 0)
-    seen = self._compare(work, verdict.tokens, count, stats, exit_index)
+    ruling = self._rule(work, num_drafts)
+    count = jnp.where(active, ruling.verdict.accepted + 1, 0)
+    seen = self._compare(work, ruling.verdict.tokens, count, stats, exit_index, num_drafts)
     stats = remember(stats, exit_index, num_drafts, count, seen, memory=plan.memory)
     return self._after(work, exit_index, num_drafts, stats), self._gain(
-      work, scores, verdict.tokens, count, exit_index
+      work, ruling, count, exit_index
     )
 
   # Passes.
@@ -276,23 +289,60 @@ class _Round:
     scores = head_logits(self.model, self.params, exit_config, flat)
     return scores.reshape(*at_exit.shape[:2], -1)
 
-  def _final_scores(self, work: _Work, num_drafts: Any) -> jax.Array:
-    """`[rows, width, vocab]`; zeros where no lane is meant."""
-    final = len(self.plan.exits)
-    shape = (*work.tokens.shape, self.model.config.vocab_size)
-    scores = jnp.zeros(shape, scores_dtype(self.model))
-    for previous, lanes in ((0, 1), *((max(p, 1), n) for p, n in self._buckets())):
-      scores = _when(
+  def _rule(self, work: _Work, num_drafts: Any) -> _Ruling:
+    """Final scores of the lanes that are meant, and what follows from them.
+
+    All that reads scores happens here, in the bucket of lanes that is due: over a vocabulary even a
+    softmax is dear, and a plain step has one lane.
+    """
+    ruling = self._no_ruling(work)
+    for previous, lanes in self._buckets_from_one():
+      ruling = _when(
         (num_drafts < lanes) & (num_drafts >= previous),
-        lambda scores, lanes=lanes: _put(scores, self._exit_scores(work, final, 0, lanes), 0),
-        scores,
+        lambda _, lanes=lanes: self._rule_lanes(work, num_drafts, lanes),
+        ruling,
       )
-    return scores
+    return ruling
+
+  def _rule_lanes(self, work: _Work, num_drafts: Any, lanes: int) -> _Ruling:
+    plan, state = self.plan, self.before
+    scores = self._exit_scores(work, len(plan.exits), 0, lanes)
+    drafts = work.tokens[:, 1:lanes]
+    draft_scores = None if work.draft_scores is None else work.draft_scores[:, : lanes - 1]
+    verdict = judge(drafts, num_drafts, scores, draft_scores, state.requests, state.step)
+    ruling = _Ruling(
+      verdict=verdict,
+      confidence=plan.confidence(scores).astype(jnp.float32),
+      scores=token_scores(scores, verdict.tokens, num_top=plan.num_top),
+    )
+
+    def widen(array: jax.Array) -> jax.Array:
+      if array.ndim == 1:  # By row.
+        return array
+      return jnp.pad(array, ((0, 0), (0, plan.width - lanes), *((0, 0),) * (array.ndim - 2)))
+
+    return jax.tree.map(widen, ruling)
+
+  def _no_ruling(self, work: _Work) -> _Ruling:
+    rows, width = work.tokens.shape
+    floats = jnp.zeros((rows, width), jnp.float32)
+    top = jnp.zeros((rows, width, self.plan.num_top), jnp.float32)
+    return _Ruling(
+      verdict=Verdict(
+        tokens=jnp.zeros_like(work.tokens), accepted=jnp.zeros((rows,), work.tokens.dtype)
+      ),
+      confidence=floats,
+      scores=TokenScores(log_prob=floats, top_ids=top.astype(jnp.int32), top_log_probs=top),
+    )
 
   def _buckets(self) -> tuple[tuple[int, int], ...]:
     """Numbers of lanes, each with the one before."""
     lanes = self.plan.lane_buckets
     return tuple(zip((0, *lanes[:-1]), lanes, strict=True))
+
+  def _buckets_from_one(self) -> tuple[tuple[int, int], ...]:
+    """The same with a bucket of its own for plain steps."""
+    return ((0, 1), *((max(previous, 1), lanes) for previous, lanes in self._buckets()))
 
   # Results.
 
@@ -303,6 +353,7 @@ class _Round:
     count: jax.Array,
     stats: DraftStats,
     exit_index: Any,
+    num_drafts: Any,
   ) -> tuple[jax.Array, jax.Array]:
     """Tokens on which exits that did not draft agreed with the final layer, and how many were compared.
 
@@ -314,20 +365,23 @@ class _Round:
       return nothing, nothing
     due = jnp.max(stats.rounds) % plan.shadow_period == plan.shadow_period - 1
 
-    def compare(_: Any) -> tuple[jax.Array, jax.Array]:
+    others = jnp.arange(len(plan.exits)) != exit_index
+
+    def compare(lanes: int) -> tuple[jax.Array, jax.Array]:
       agreed = []
-      meant = jnp.arange(plan.width) < count[:, None]
+      meant = jnp.arange(lanes) < count[:, None]
       for index in range(len(plan.exits)):
-        chosen = choose_lanes(
-          self._exit_scores(work, index, 0, plan.width), state.requests, state.step
-        )
-        agreed.append(jnp.sum((chosen == tokens) & meant, axis=1))
-      others = jnp.arange(len(plan.exits)) != exit_index
+        chosen = choose_lanes(self._exit_scores(work, index, 0, lanes), state.requests, state.step)
+        agreed.append(jnp.sum((chosen == tokens[:, :lanes]) & meant, axis=1))
       compared = jnp.where(others, count[:, None], 0).astype(jnp.float32)
       return jnp.where(others, jnp.stack(agreed, axis=1), 0).astype(jnp.float32), compared
 
     # Plain steps fill all streams, drafts those up to their exit, and verification the others.
-    return run_if(due, compare, (nothing, nothing))
+    seen = nothing, nothing
+    for previous, lanes in self._buckets_from_one():
+      fits = (num_drafts < lanes) & (num_drafts >= previous)
+      seen = run_if(due & fits, lambda _, lanes=lanes: compare(lanes), seen)
+    return seen
 
   def _after(self, work: _Work, exit_index: Any, num_drafts: Any, stats: DraftStats) -> DecodeState:
     state, plan = self.before, self.plan
@@ -346,19 +400,17 @@ class _Round:
       ),
     )
 
-  def _gain(
-    self, work: _Work, scores: jax.Array, tokens: jax.Array, count: jax.Array, exit_index: Any
-  ) -> Gain:
+  def _gain(self, work: _Work, ruling: _Ruling, count: jax.Array, exit_index: Any) -> Gain:
     """Accepted drafts are booked at their exit, the final layer's own token at the last layer."""
-    plan = self.plan
+    plan, tokens = self.plan, ruling.verdict.tokens
     depths = jnp.asarray([*(item.layer for item in plan.exits), plan.num_layers], jnp.int32)
     drafted = jnp.arange(plan.width) < count[:, None] - 1
     return Gain(
       tokens=tokens,
       count=count,
-      scores=scores,
+      scores=ruling.scores,
       exit_layer=jnp.where(drafted, depths[exit_index], plan.num_layers),
-      confidence=jnp.where(drafted, work.confidence, plan.confidence(scores)),
+      confidence=jnp.where(drafted, work.confidence, ruling.confidence),
       agreement=jnp.full_like(tokens, Agreement.SAME),
     )
 
