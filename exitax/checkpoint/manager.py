@@ -89,7 +89,27 @@ class CheckpointManager:
     encoded_extras = json.dumps(dict(extras or {}), sort_keys=True).encode()
     # First, so that never two copies of the state wait in host memory.
     self.wait()
-    saveable = tree.as_saveable(tree.named_leaves(state))
+    self._start(step, tree.as_saveable(tree.named_leaves(state)), encoded_extras, metrics)
+
+  def save_in_place(
+    self, step: int, state: Any, *, extras: Mapping[str, Any] | None = None
+  ) -> None:
+    """Saves a state that does not change meanwhile, without a copy of it, and waits.
+
+    For states that fill the memory. Arguments and errors are those of `save`.
+    """
+    encoded_extras = json.dumps(dict(extras or {}), sort_keys=True).encode()
+    self.wait()
+    self._start(step, tree.named_leaves(state), encoded_extras, None)
+    self.wait()
+
+  def _start(
+    self,
+    step: int,
+    saveable: Mapping[str, Any],
+    encoded_extras: bytes,
+    metrics: Mapping[str, float] | None,
+  ) -> None:
     plan = commit.CommitPlan(
       folder=self._folders.path(step),
       step=step,

@@ -21,7 +21,7 @@ from exitax.checkpoint.manager import CheckpointManager
 from exitax.data import Tokenizer, check_tokenizer, load_tokenizer
 from exitax.errors import UserError
 from exitax.models import ExitLM, ModelConfig, Params
-from exitax.parallel import ShardingRules, tree_shardings
+from exitax.parallel import ShardingRules, path_name, tree_shardings
 
 FORMAT = 1
 MODEL_FILE = 'model.json'
@@ -34,7 +34,8 @@ class LoadedModel:
 
   Attributes:
     model: configuration and functions.
-    params: parameters with stacked blocks, in the shardings of the mesh.
+    params: parameters with stacked blocks, in the shardings of the mesh and the formats they were
+      saved in: float32, or bfloat16 where a checkpoint was converted from it.
     tokenizer: the one it was trained with.
     step: optimizer steps behind the parameters.
     directory: where it came from.
@@ -101,13 +102,17 @@ def load_model(
   model = ExitLM(config)
   shapes = model.abstract_params()
   shardings = tree_shardings(shapes, model.logical_axes(), mesh, rules)
-  abstract = jax.tree.map(
-    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-    shapes,
-    shardings,
-  )
   with CheckpointManager(checkpoints_directory(model_dir)) as manager:
-    restored = manager.restore_params(abstract, step=step)
+    saved = manager.info(step)
+
+    def abstract(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+      spec = saved.leaves.get(f'params/{path_name(path)}')
+      narrow = spec is not None and spec.dtype == 'bfloat16'
+      dtype = jax.numpy.bfloat16 if narrow else shape.dtype
+      return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+
+    wanted = jax.tree.map_with_path(abstract, shapes, shardings)
+    restored = manager.restore_params(wanted, step=saved.step)
   return LoadedModel(
     model=model,
     params=restored.state,
@@ -141,7 +146,8 @@ def _check_same(directory: Path, *, found: dict[str, Any], wanted: dict[str, Any
     )
   # Formats of the computation may change between runs; shapes may not.
   free = {'precision', 'remat', 'max_length'}
-  old, new = found['model'], wanted['model']
+  # As this version writes it: fields that have come since then have their defaults.
+  old, new = ModelConfig.from_dict(found['model']).to_dict(), wanted['model']
   for name in sorted(set(old) | set(new)):
     if name not in free and old.get(name) != new.get(name):
       raise UserError(

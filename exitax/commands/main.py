@@ -23,6 +23,7 @@ COMMANDS = {
   'generate': 'write text, with the exit depth of every token',
   'tune-confidence': 'train a confidence classifier for every exit of a frozen model',
   'serve': 'answer OpenAI clients over HTTP, with the exit depth of every token; a page at /',
+  'convert': 'Hugging Face checkpoints to model directories, and back',
   'plan': 'compile a training step for a TPU slice that is not here; what fits, and how fast',
   'inspect': 'print the table of parameters: shapes, logical axes, mesh axes, bytes per device',
 }

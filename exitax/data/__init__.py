@@ -47,6 +47,7 @@ from exitax.data.tfds_source import TfdsSource
 from exitax.data.tokenizers import (
   ByteTokenizer,
   Tokenizer,
+  begin_prompt,
   check_tokenizer,
   encode_prompt,
   load_tokenizer,
@@ -105,6 +106,7 @@ __all__ = [
   'HuggingFaceTokenizer',
   'StreamDecoder',
   'Tokenizer',
+  'begin_prompt',
   'check_tokenizer',
   'encode_prompt',
   'load_tokenizer',

@@ -38,9 +38,19 @@ class HuggingFaceTokenizer:
   parses_specials = True
 
   def __init__(
-    self, definition: str, *, eos_id: int, bos_id: int | None = None, pad_id: int | None = None
+    self,
+    definition: str,
+    *,
+    eos_id: int,
+    bos_id: int | None = None,
+    pad_id: int | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    stop_ids: Sequence[int] | None = None,
   ) -> None:
     """Takes the content of a `tokenizer.json`.
+
+    `prompt_ids` None is the start of the documents that models are trained on here, `stop_ids` None
+    is `eos_id` alone.
 
     Raises:
       UserError: the library is missing, or `definition` is not a tokenizer.
@@ -59,8 +69,13 @@ class HuggingFaceTokenizer:
     self.eos_id = eos_id
     self.pad_id = eos_id if pad_id is None else pad_id
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-    identity = json.dumps([definition, self.bos_id, self.eos_id, self.pad_id, self.parses_specials])
-    self.digest = hashlib.sha256(identity.encode()).hexdigest()
+    start = (eos_id if bos_id is None else bos_id,)
+    self.prompt_ids = start if prompt_ids is None else tuple(prompt_ids)
+    self.stop_ids = (eos_id,) if stop_ids is None else tuple(stop_ids)
+    identity = [definition, self.bos_id, self.eos_id, self.pad_id, self.parses_specials]
+    if (self.prompt_ids, self.stop_ids) != (start, (eos_id,)):
+      identity += [self.prompt_ids, self.stop_ids]
+    self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
   @classmethod
   def from_file(cls, path: str | Path, *, eos_token: str | None = None) -> Self:
@@ -93,6 +108,25 @@ class HuggingFaceTokenizer:
       eos_id=eos,
       bos_id=_find(vocabulary, [named.get('bos_token'), *_KNOWN_BOS]),
       pad_id=_find(vocabulary, [named.get('pad_token'), *_KNOWN_PAD]),
+    )
+
+  def for_trained_model(self, *, stop_ids: Sequence[int] = ()) -> HuggingFaceTokenizer:
+    """The same for a model that was trained elsewhere: prompts begin as its own template says.
+
+    `stop_ids` join `eos_id`.
+    """
+    encoding = self._tokenizer.encode('', add_special_tokens=True)
+    # Templates that end texts too end them with `eos_id`, which a prompt does not want.
+    prompt_ids = encoding.ids
+    while prompt_ids and prompt_ids[-1] == self.eos_id != self.bos_id:
+      prompt_ids = prompt_ids[:-1]
+    return HuggingFaceTokenizer(
+      self._definition,
+      eos_id=self.eos_id,
+      bos_id=self.bos_id,
+      pad_id=self.pad_id,
+      prompt_ids=prompt_ids,
+      stop_ids=tuple(dict.fromkeys([self.eos_id, *stop_ids])),
     )
 
   def encode(self, text: str) -> list[int]:
@@ -177,6 +211,8 @@ def load_saved(folder: Path, *, info: dict[str, Any], kind: str) -> HuggingFaceT
       eos_id=info['eos_id'],
       bos_id=info['bos_id'],
       pad_id=info['pad_id'],
+      prompt_ids=info.get('prompt_ids'),
+      stop_ids=info.get('stop_ids'),
     )
   except KeyError as error:
     raise UserError(f'tokenizer in {folder} is damaged: no {error}; restore the folder') from None

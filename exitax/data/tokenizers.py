@@ -27,6 +27,8 @@ class Tokenizer(Protocol):
     eos_id: ends a document.
     bos_id: begins a document; None where the tokenizer has none (see `start_id`).
     pad_id: fills rows; has no meaning and no weight.
+    prompt_ids: begin a prompt; empty for models that were trained without a start.
+    stop_ids: end an answer: `eos_id`, and others that a chat model may end its turns with.
     digest: SHA-256 (hex) of all that decides what `encode` and `decode` give.
   """
 
@@ -41,6 +43,12 @@ class Tokenizer(Protocol):
 
   @property
   def pad_id(self) -> int: ...
+
+  @property
+  def prompt_ids(self) -> tuple[int, ...]: ...
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]: ...
 
   @property
   def digest(self) -> str: ...
@@ -72,6 +80,8 @@ class ByteTokenizer:
   bos_id = 256
   eos_id = 257
   pad_id = 258
+  prompt_ids = (256,)
+  stop_ids = (257,)
   digest = hashlib.sha256(b'exitax bytes 1').hexdigest()
 
   def encode(self, text: str) -> list[int]:
@@ -107,7 +117,7 @@ def utf8(text: str) -> bytes:
 
 
 def start_id(tokenizer: Tokenizer) -> int:
-  """The id that every document and every prompt begins with.
+  """The id that every document of a training text begins with.
 
   It is `bos_id`, or `eos_id` for tokenizers without one (as GPT-2 separates its documents), so
   that the first token of a text is predicted too, and text can be generated from no prompt.
@@ -116,8 +126,15 @@ def start_id(tokenizer: Tokenizer) -> int:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-  """The start id and the ids of `text`: a document as the model saw it, without its end."""
-  return [start_id(tokenizer), *tokenizer.encode(text)]
+  """The ids of a prompt as the model saw them, without an end; at least one."""
+  return begin_prompt(tokenizer, tokenizer.encode(text))
+
+
+def begin_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+  """`ids` behind `prompt_ids`, unless they begin so already, as chat templates let them."""
+  start = list(tokenizer.prompt_ids)
+  prompt = list(ids) if list(ids[: len(start)]) == start else [*start, *ids]
+  return prompt or [start_id(tokenizer)]
 
 
 def write_info(directory: str | Path, *, kind: str, tokenizer: Tokenizer) -> None:
@@ -129,6 +146,8 @@ def write_info(directory: str | Path, *, kind: str, tokenizer: Tokenizer) -> Non
     'bos_id': tokenizer.bos_id,
     'eos_id': tokenizer.eos_id,
     'pad_id': tokenizer.pad_id,
+    'prompt_ids': list(tokenizer.prompt_ids),
+    'stop_ids': list(tokenizer.stop_ids),
   }
   folder = Path(directory)
   folder.mkdir(parents=True, exist_ok=True)

@@ -234,7 +234,7 @@ class LanguageModel:
         max_new_tokens=max_new_tokens,
         policy=policy,
         sampler=sampler,
-        stop_tokens=(self.tokenizer.eos_id, *stop),
+        stop_tokens=(*self.tokenizer.stop_ids, *stop),
         seed=seed,
         cache_format=self._kv_cache,
       )
@@ -267,7 +267,7 @@ class LanguageModel:
         max_new_tokens=max_new_tokens,
         policy=policy,
         sampler=sampler,
-        stop_tokens=(self.tokenizer.eos_id, *stop),
+        stop_tokens=(*self.tokenizer.stop_ids, *stop),
         seed=seed,
         cache_format=self._kv_cache,
       )

@@ -36,6 +36,7 @@ class RopeConfig:
     high_frequency_factor: LLAMA3: wavelengths below `original_length / this` stay.
     beta_fast: YARN: rotations over `original_length` above which a frequency stays.
     beta_slow: YARN: rotations below which a frequency is divided by `factor`.
+    attention_factor: YARN: factor on cos and sin; None is the paper's, 0.1 ln(factor) + 1.
 
   Raises:
     UserError: an unknown scaling, or a number that gives no frequencies.
@@ -49,6 +50,7 @@ class RopeConfig:
   high_frequency_factor: float = 4.0
   beta_fast: float = 32.0
   beta_slow: float = 1.0
+  attention_factor: float | None = None
 
   def __post_init__(self) -> None:
     scaling = choose(RopeScaling, self.scaling, name='RopeConfig.scaling')
@@ -102,9 +104,11 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 def attention_temperature(config: RopeConfig) -> float:
   """Factor on cos and sin: 1 except under YARN (arXiv 2309.00071, eq. 22)."""
-  if config.scaling is RopeScaling.YARN and config.factor > 1.0:
-    return 0.1 * math.log(config.factor) + 1.0
-  return 1.0
+  if config.scaling is not RopeScaling.YARN:
+    return 1.0
+  if config.attention_factor is not None:
+    return config.attention_factor
+  return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1.0 else 1.0
 
 
 def make_rotary(

@@ -39,7 +39,7 @@ PREFIX_CHUNK = 32
 # Tokens per row that are read back at once; speculation may gain more in a turn.
 GAIN_WIDTH = 16
 # Ids that can end a row, at most.
-NUM_STOPS = 4
+NUM_STOPS = 8
 
 
 @dataclasses.dataclass(kw_only=True)

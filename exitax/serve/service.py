@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
-from exitax.data import Tokenizer, encode_prompt, start_id
+from exitax.data import Tokenizer, begin_prompt, encode_prompt
 from exitax.decode import Sampler
 from exitax.errors import UserError
 from exitax.serve.chat import ChatTemplate
@@ -106,8 +106,7 @@ class Service:
     text = self.template.render([message.for_template() for message in request.messages])
     ids = self._encode(text, param='messages')
     # Templates of models that have a start token write it themselves.
-    start = start_id(self.tokenizer)
-    prompt = ids if ids[:1] == [start] else [start, *ids]
+    prompt = begin_prompt(self.tokenizer, ids)
     wanted = request.max_completion_tokens or request.max_tokens
     return self._work(
       request,
@@ -168,7 +167,7 @@ class Service:
       self._check_length(len(prompt), max_tokens)
     samples = request.n or 1
     seed = secrets.randbits(32) if request.seed is None else request.seed
-    stop_tokens = () if request.ignore_eos else (self.tokenizer.eos_id,)
+    stop_tokens = () if request.ignore_eos else self.tokenizer.stop_ids
     jobs = tuple(
       Job(
         prompt=tuple(prompt),

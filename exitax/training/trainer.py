@@ -171,7 +171,9 @@ class _Trainer:
           f'initial_checkpoint={path} holds a model of another shape: '
           'use its ModelConfig, or train from scratch'
         )
-      state = dataclasses.replace(state, params=source.params)
+      # Master weights are float32, whatever a converted checkpoint keeps.
+      widened = jax.tree.map(lambda own, new: new.astype(own.dtype), state.params, source.params)
+      state = dataclasses.replace(state, params=widened)
     prepare_model_dir(self._model_dir, self._config.model, self._data.tokenizer)
     return state, 0
 

@@ -123,7 +123,7 @@ def _decoder(loaded: LoadedModel, examples: Examples, config: CalibrateConfig) -
     measure=config.measure,
     strategy=config.strategy,
     max_new_tokens=config.max_new_tokens,
-    stop_tokens=(loaded.tokenizer.eos_id,),
+    stop_tokens=loaded.tokenizer.stop_ids,
     batch_size=config.batch_size,
   )
 

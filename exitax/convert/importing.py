@@ -1,0 +1,189 @@
+"""A Hugging Face folder as a model: on a mesh, or as a model directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from exitax.checkpoint import (
+  CheckpointManager,
+  LoadedModel,
+  checkpoints_directory,
+  write_json_atomic,
+  write_model,
+)
+from exitax.convert.families import model_config, source_precision, with_length
+from exitax.convert.folder import (
+  CARRIED_FILES,
+  CONFIG_FILE,
+  GENERATION_FILE,
+  ORIGIN_FOLDER,
+  TOKENIZER_FILE,
+  TOKENIZER_FOLDER,
+  HuggingFaceFolder,
+  open_folder,
+  read_json_object,
+)
+from exitax.convert.new_folder import new_folder
+from exitax.convert.reading import ReportFn, check_tensors, quiet, read_params
+from exitax.convert.safetensors_file import TensorEntry
+from exitax.convert.sidecar import with_exits
+from exitax.data import HuggingFaceTokenizer, Tokenizer
+from exitax.errors import UserError
+from exitax.layers import Precision
+from exitax.models import ExitLM, ModelConfig
+from exitax.parallel import ShardingRules
+
+# A vocabulary may be padded to suit devices, but not by more than this part of it.
+_MAX_PADDING = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """A Hugging Face folder that has been looked through and fits.
+
+  Attributes:
+    folder: the folder.
+    config: the model, exits of a sidecar included.
+    tensors: all weights by name.
+    tokenizer: its tokenizer.
+    num_bytes: of all weights.
+  """
+
+  folder: HuggingFaceFolder
+  config: ModelConfig
+  tensors: Mapping[str, TensorEntry]
+  tokenizer: Tokenizer
+  num_bytes: int
+
+
+def open_source(
+  path: str | os.PathLike[str],
+  *,
+  tokenizer: str | os.PathLike[str] | None = None,
+  max_length: int | None = None,
+  precision: Precision | None = None,
+) -> Source:
+  """Looks through a Hugging Face folder; reads no weights.
+
+  Args:
+    path: the folder.
+    tokenizer: a tokenizer.json, or a folder with one; the folder's own by default.
+    max_length: a shorter context than the checkpoint's.
+    precision: of the computation; by default bfloat16 for weights of bfloat16, else float32.
+
+  Raises:
+    UserError: an unknown architecture, tensors that do not fit it, damaged files, no tokenizer or
+      one of another vocabulary.
+  """
+  folder = open_folder(Path(path))
+  config = with_length(model_config(folder.config), max_length)
+  config, exits = with_exits(config, folder.path)
+  tensors = {**folder.tensors, **exits}
+  check_tensors(config, tensors)
+  dtypes = {entry.dtype for entry in folder.tensors.values()}
+  config = dataclasses.replace(config, precision=precision or source_precision(dtypes))
+  return Source(
+    folder=folder,
+    config=config,
+    tensors=tensors,
+    tokenizer=_tokenizer(folder, tokenizer, config.vocab_size),
+    num_bytes=sum(entry.num_bytes for entry in tensors.values()),
+  )
+
+
+def load_huggingface(
+  source: Source,
+  *,
+  mesh: Mesh,
+  rules: ShardingRules,
+  dtype: Any = None,
+  report: ReportFn = quiet,
+) -> LoadedModel:
+  """A Hugging Face model on a mesh, without a copy on disk: see `reading.read_params`."""
+  model = ExitLM(source.config)
+  params = read_params(model, source.tensors, mesh=mesh, rules=rules, dtype=dtype, report=report)
+  return LoadedModel(
+    model=model,
+    params=params,
+    tokenizer=source.tokenizer,
+    step=0,
+    directory=source.folder.path,
+  )
+
+
+def from_huggingface(
+  source: Source,
+  out: str | os.PathLike[str],
+  *,
+  mesh: Mesh,
+  rules: ShardingRules,
+  dtype: Any = None,
+  report: ReportFn = quiet,
+) -> None:
+  """Makes a model directory of a Hugging Face folder: checkpoint 0, which all commands take.
+
+  Args:
+    source: the folder.
+    out: the model directory, which must not exist or be empty.
+    mesh: where parameters lie on the way.
+    rules: how they are sharded.
+    dtype: of the parameters kept; None keeps bfloat16 and makes float32 of everything else.
+    report: told the bytes that have been read since it was told last.
+
+  Raises:
+    UserError: `out` is taken, or cannot be written.
+  """
+  with new_folder(out) as directory:
+    loaded = load_huggingface(source, mesh=mesh, rules=rules, dtype=dtype, report=report)
+    with CheckpointManager(checkpoints_directory(directory)) as manager:
+      manager.save_in_place(0, {'params': loaded.params})
+    write_model(directory, source.config, source.tokenizer)
+    origin = directory / ORIGIN_FOLDER
+    origin.mkdir()
+    write_json_atomic(origin / CONFIG_FILE, source.folder.config)
+    for name in CARRIED_FILES:
+      file = source.folder.path / name
+      if file.is_file():
+        # Chat templates and names of special tokens are looked for beside the tokenizer.
+        beside = name != GENERATION_FILE
+        shutil.copyfile(file, (directory / TOKENIZER_FOLDER if beside else origin) / name)
+
+
+def _tokenizer(
+  folder: HuggingFaceFolder, given: str | os.PathLike[str] | None, vocab_size: int
+) -> Tokenizer:
+  path = Path(given) if given else folder.path
+  path = path / TOKENIZER_FILE if path.is_dir() else path
+  if not path.is_file():
+    raise UserError(
+      f'no {TOKENIZER_FILE} at {path.parent}: give one with --tokenizer, or write it with '
+      'transformers (AutoTokenizer.from_pretrained, then save_pretrained)'
+    )
+  tokenizer = HuggingFaceTokenizer.from_file(path).for_trained_model(
+    stop_ids=_stop_ids(folder, vocab_size)
+  )
+  padding = vocab_size - tokenizer.vocab_size
+  if padding < 0 or padding > max(_MAX_PADDING * vocab_size, 8):
+    raise UserError(
+      f'the tokenizer {path} has {tokenizer.vocab_size} ids and the model {vocab_size}: it is '
+      "not this model's; give the right one with --tokenizer"
+    )
+  return tokenizer
+
+
+def _stop_ids(folder: HuggingFaceFolder, vocab_size: int) -> list[int]:
+  """Ids that end an answer by generation_config.json, else by config.json."""
+  path = folder.path / GENERATION_FILE
+  for content in (read_json_object(path) if path.is_file() else {}, folder.config):
+    value = content.get('eos_token_id')
+    if value is not None:
+      ids = value if isinstance(value, list) else [value]
+      return [int(i) for i in ids if 0 <= int(i) < vocab_size]
+  return []

@@ -1,0 +1,190 @@
+"""Weights straight from mapped files into the shards of a mesh, tensor by tensor."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from exitax.convert.safetensors_file import DTYPES, TensorEntry
+from exitax.convert.tensors import TensorPlace, tensor_places
+from exitax.errors import UserError
+from exitax.models import ExitLM, ModelConfig, Params
+from exitax.parallel import ShardingRules, tree_shardings
+
+# Told the bytes that have come since it was told last.
+ReportFn = Callable[[int], None]
+
+# Tensors that are in some checkpoints and hold nothing: tables that are computed.
+_COMPUTED = ('rotary_emb.inv_freq',)
+_TIED_HEAD = 'lm_head.weight'
+# Names in one message; the rest are counted.
+_MAX_NAMED = 4
+# Columns of a transposed copy that go together: their lines stay in the caches.
+_BLOCK = 256
+# XLA on the CPU takes memory as it is if it begins at a multiple of this.
+_ALIGNMENT = 64
+
+
+def quiet(num_bytes: int) -> None:
+  """A `ReportFn` that tells nobody."""
+  del num_bytes
+
+
+def check_tensors(config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> None:
+  """Passes if a checkpoint has the tensors of a model, and no others.
+
+  Raises:
+    UserError: names the tensors that are missing, or extra, or of another shape or dtype.
+  """
+  places = {place.name: place for group in tensor_places(config).values() for place in group}
+  missing = [name for name in places if name not in tensors]
+  if missing:
+    raise UserError(f'the checkpoint lacks {_named(missing)}: fetch it again, or mend config.json')
+  computed = [name for name in tensors if name.endswith(_COMPUTED)]
+  extra = [name for name in tensors if name not in places and name not in computed]
+  if config.tie_embeddings and _TIED_HEAD in extra:
+    _check_tied(tensors)
+    extra.remove(_TIED_HEAD)
+  if extra:
+    raise UserError(
+      f'the checkpoint has {_named(extra)}, for which the model that config.json describes has no place'
+    )
+  for name, place in places.items():
+    entry = tensors[name]
+    if entry.shape != place.shape:
+      raise UserError(
+        f'{name} is {list(entry.shape)} in the checkpoint, {list(place.shape)} by config.json'
+      )
+    if entry.dtype not in DTYPES:
+      raise UserError(
+        f'{name} is of dtype {entry.dtype}: {", ".join(DTYPES)} are read (quantised checkpoints '
+        'are not: take the original weights)'
+      )
+
+
+def read_params(
+  model: ExitLM,
+  tensors: Mapping[str, TensorEntry],
+  *,
+  mesh: Mesh,
+  rules: ShardingRules,
+  dtype: Any = None,
+  report: ReportFn = quiet,
+) -> Params:
+  """The parameters of a model without exits, each device holding only its own shards.
+
+  Beside the result, no memory is taken but for pages of the files, which the system can drop.
+
+  Args:
+    model: of the checkpoint's configuration.
+    tensors: after `check_tensors`.
+    mesh: where the parameters go.
+    rules: how they are sharded.
+    dtype: of all parameters; None keeps bfloat16 and makes float32 of everything else.
+    report: told of progress.
+  """
+  places = tensor_places(model.config)
+  shapes = model.abstract_params()
+  shardings = tree_shardings(shapes, model.logical_axes(), mesh, rules)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+      group = places['/'.join(key.key for key in path)]
+      kept = dtype or kept_dtype({tensors[place.name].dtype for place in group})
+
+      def shard(index: Any) -> np.ndarray:
+        return _read_shard(group, tensors, shape.shape, index, kept, pool, report)
+
+      return jax.make_array_from_callback(shape.shape, sharding, shard)
+
+    return jax.tree.map_with_path(leaf, shapes, shardings)
+
+
+def kept_dtype(names: set[str]) -> np.dtype:
+  """Format that parameters are kept in: bfloat16 if all of theirs are, else float32, which holds both."""
+  return np.dtype(ml_dtypes.bfloat16) if names == {'BF16'} else np.dtype(np.float32)
+
+
+def copy_blocked(target: np.ndarray, source: np.ndarray) -> None:
+  """`target[...] = source`, a block of the last axis at a time: transposed views come fast."""
+  if source.flags.c_contiguous or source.ndim < 2:
+    target[...] = source
+    return
+  for start in range(0, source.shape[-1], _BLOCK):
+    target[..., start : start + _BLOCK] = source[..., start : start + _BLOCK]
+
+
+def _read_shard(
+  group: Sequence[TensorPlace],
+  tensors: Mapping[str, TensorEntry],
+  shape: tuple[int, ...],
+  index: tuple[slice, ...],
+  dtype: np.dtype,
+  pool: concurrent.futures.Executor,
+  report: ReportFn,
+) -> np.ndarray:
+  """One device's part of a leaf."""
+  bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+  shard = _aligned(tuple(stop - start for start, stop, _ in bounds), dtype)
+  if group[0].layer is None:
+    jobs = [(group[0], shard, index)]
+  else:
+    first, last, _ = bounds[0]
+    jobs = [(group[i], shard[i - first], index[1:]) for i in range(first, last)]
+
+  def fill(job: tuple[TensorPlace, np.ndarray, tuple[slice, ...]]) -> None:
+    place, target, part = job
+    copy_blocked(target, place.from_torch(tensors[place.name].read())[part])
+    report(target.nbytes)
+
+  # A whole leaf is cut into rows, so that all cores copy.
+  if len(jobs) == 1 and shard.ndim > 1:
+    list(pool.map(lambda piece: fill(piece), _rows(jobs[0])))
+  else:
+    list(pool.map(fill, jobs))
+  return shard
+
+
+def _rows(
+  job: tuple[TensorPlace, np.ndarray, tuple[slice, ...]], pieces: int = 16
+) -> list[tuple[TensorPlace, np.ndarray, tuple[slice, ...]]]:
+  place, target, part = job
+  start = part[0].start or 0
+  step = max(1, -(-target.shape[0] // pieces))
+  return [
+    (
+      place,
+      target[i : i + step],
+      (slice(start + i, start + min(i + step, target.shape[0])), *part[1:]),
+    )
+    for i in range(0, target.shape[0], step)
+  ]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  raw = np.empty(size + _ALIGNMENT, np.uint8)
+  offset = -raw.ctypes.data % _ALIGNMENT
+  return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _check_tied(tensors: Mapping[str, TensorEntry]) -> None:
+  embed = tensors['model.embed_tokens.weight']
+  head = tensors[_TIED_HEAD]
+  if embed.shape != head.shape or not np.array_equal(embed.read(), head.read()):
+    raise UserError(
+      f'config.json ties the embeddings, and {_TIED_HEAD} is not the input embedding: '
+      'set tie_word_embeddings to false in it'
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+  rest = len(names) - _MAX_NAMED
+  return ', '.join(names[:_MAX_NAMED]) + (f' and {rest} more' if rest > 0 else '')
