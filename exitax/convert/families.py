@@ -214,6 +214,13 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
   original = int(
     values.get('original_max_position_embeddings') or config.get('max_position_embeddings', 8192)
   )
+  try:
+    return _scaled(kind, theta, values, original)
+  except KeyError as error:
+    raise UserError(f'rope_type={kind!r} needs {error} in config.json') from None
+
+
+def _scaled(kind: str, theta: float, values: Mapping[str, Any], original: int) -> RopeConfig:
   match kind:
     case 'default':
       return RopeConfig(theta=theta)
@@ -231,11 +238,10 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     case 'yarn':
       if values.get('mscale') or values.get('truncate') is False:
         raise UserError("yarn's mscale and truncate=false are not known: only the paper's form is")
-      factor = values.get('factor') or config['max_position_embeddings'] / original
       return RopeConfig(
         theta=theta,
         scaling=RopeScaling.YARN,
-        factor=factor,
+        factor=values['factor'],
         original_length=original,
         beta_fast=values.get('beta_fast') or 32.0,
         beta_slow=values.get('beta_slow') or 1.0,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -109,7 +109,7 @@ def read_params(
 
 def kept_dtype(names: set[str]) -> np.dtype:
   """Format that parameters are kept in: bfloat16 if all of theirs are, else float32, which holds both."""
-  return np.dtype(ml_dtypes.bfloat16) if names == {'BF16'} else np.dtype(np.float32)
+  return np.dtype(jnp.bfloat16) if names == {'BF16'} else np.dtype(np.float32)
 
 
 def copy_blocked(target: np.ndarray, source: np.ndarray) -> None:

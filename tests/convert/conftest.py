@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import tokenizers
-import torch
-import transformers
 
+WHY = 'needs the bench extra: make install-dev'
 VOCAB = 96
 _SIZES = {
   'vocab_size': VOCAB,
@@ -77,6 +76,7 @@ MakeFn = Callable[..., Path]
 
 def make_config(name: str, **changes: Any) -> Any:
   """A transformers configuration."""
+  transformers = pytest.importorskip('transformers', reason=WHY)
   variant = VARIANTS[name]
   kind = getattr(transformers, f'{variant.kind}Config')
   return kind(**{**_SIZES, **variant.changes, **changes})
@@ -84,6 +84,8 @@ def make_config(name: str, **changes: Any) -> Any:
 
 def randomised(config: Any, *, seed: int = 0) -> Any:
   """A model with every tensor drawn anew: norms and biases that stayed at 1 and 0 would hide."""
+  torch = pytest.importorskip('torch', reason=WHY)
+  transformers = pytest.importorskip('transformers', reason=WHY)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
@@ -115,7 +117,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int = VOCAB, template: bool = T
 def make_folder(tmp_path: Path) -> MakeFn:
   """`make_folder('llama', **changes)` writes a folder as `save_pretrained` does."""
 
-  def make(name: str, *, dtype: Any = torch.float32, shard: str = '5GB', **changes: Any) -> Path:
+  def make(name: str, *, dtype: Any = None, shard: str = '5GB', **changes: Any) -> Path:
     folder = tmp_path / f'hf-{name}'
     model = randomised(make_config(name, **changes)).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)

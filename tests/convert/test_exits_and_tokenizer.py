@@ -1,0 +1,133 @@
+"""What travels beside the backbone: exits, the tokenizer, the ids that end an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import exitax as front
+from exitax.checkpoint import LoadedModel, load_model
+from exitax.convert import from_huggingface, load_huggingface, open_source, to_huggingface
+from exitax.data import ByteTokenizer, encode_prompt
+from exitax.errors import UserError
+from exitax.models import ExitConfig, ExitLM, ModelConfig
+from exitax.parallel import MeshConfig, ShardingRules, make_mesh
+from tests.convert.conftest import WHY, MakeFn, write_tokenizer
+
+torch = pytest.importorskip('torch', reason=WHY)
+transformers = pytest.importorskip('transformers', reason=WHY)
+
+RULES = ShardingRules()
+EXITS = (
+  ExitConfig(layer=1, head='embedding', matrix='final'),
+  ExitConfig(layer=2, head='norm', matrix='shared'),
+  ExitConfig(layer=3, head='mlp', matrix='own'),
+  ExitConfig(layer=4, head='layer', matrix='input'),
+)
+
+
+def one_device() -> jax.sharding.Mesh:
+  return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def test_exits_travel_beside_the_backbone(make_folder: MakeFn, tmp_path: Path) -> None:
+  plain = load_huggingface(
+    open_source(make_folder('qwen2', num_hidden_layers=5)), mesh=one_device(), rules=RULES
+  )
+  config = dataclasses.replace(plain.model.config, exits=EXITS)
+  fresh = ExitLM(config).init(jax.random.key(1))
+  params = {**fresh, **plain.params}
+  loaded = LoadedModel(
+    model=ExitLM(config),
+    params=params,
+    tokenizer=plain.tokenizer,
+    step=0,
+    directory=tmp_path / 'none',
+  )
+  to_huggingface(loaded, tmp_path / 'out')
+  # For transformers it is a Qwen2 without anything missing or left over.
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'out', output_loading_info=True
+  )
+  assert type(model).__name__ == 'Qwen2ForCausalLM'
+  assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+  write_tokenizer(tmp_path / 'out')
+  again = load_huggingface(open_source(tmp_path / 'out'), mesh=one_device(), rules=RULES)
+  assert again.model.config.exits == EXITS
+  assert jax.tree.structure(again.params) == jax.tree.structure(params)
+  assert all(
+    np.array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(params), strict=True)
+  )
+
+
+def test_a_sidecar_that_does_not_fit_is_named(make_folder: MakeFn, tmp_path: Path) -> None:
+  test_exits_travel_beside_the_backbone(make_folder, tmp_path)
+  out = tmp_path / 'out'
+  content = json.loads((out / 'config.json').read_text())
+  (out / 'config.json').write_text(json.dumps({**content, 'num_hidden_layers': 4}))
+  with pytest.raises(UserError, match='exit layer 4 is out of range'):
+    open_source(out)
+
+
+def test_prompts_and_ends_are_those_of_the_checkpoint(make_folder: MakeFn, tmp_path: Path) -> None:
+  folder = make_folder('llama')
+  (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [2, 7, 95]}))
+  (folder / 'chat_template.jinja').write_text('{{ bos_token }}{{ messages[0].content }}')
+  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  model = front.load(tmp_path / 'model')
+  assert model.tokenizer.stop_ids == (2, 7, 95)
+  auto = transformers.AutoTokenizer.from_pretrained(folder)
+  assert encode_prompt(model.tokenizer, 'abc') == auto('abc').input_ids
+  to_huggingface(load_model(tmp_path / 'model', mesh=one_device(), rules=RULES), tmp_path / 'back')
+  for name in ('generation_config.json', 'chat_template.jinja', 'tokenizer_config.json'):
+    assert (tmp_path / 'back' / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_model_without_a_start_gets_none(make_folder: MakeFn) -> None:
+  folder = make_folder('qwen3')
+  write_tokenizer(folder, template=False)
+  tokenizer = open_source(folder).tokenizer
+  auto = transformers.AutoTokenizer.from_pretrained(folder)
+  assert encode_prompt(tokenizer, 'abc') == auto('abc').input_ids == tokenizer.encode('abc')
+  assert len(encode_prompt(tokenizer, '')) == 1  # Something must be there to go on from.
+
+
+def test_text_goes_on_as_with_transformers(make_folder: MakeFn, tmp_path: Path) -> None:
+  folder = make_folder('llama_3')
+  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  found = front.load(tmp_path / 'model').generate('abc', max_new_tokens=20)[0]
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  ids = tokenizer('abc', return_tensors='pt').input_ids
+  expected = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+  assert list(found.tokens) == expected.tolist()
+
+
+def test_a_model_trained_here_becomes_one_of_transformers(tmp_path: Path) -> None:
+  config = ModelConfig(
+    vocab_size=264,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=2,
+    mlp_dim=32,
+    max_length=64,
+    exits=EXITS[:1],
+  )
+  model = ExitLM(config)
+  params = model.init(jax.random.key(0))
+  loaded = LoadedModel(
+    model=model, params=params, tokenizer=ByteTokenizer(), step=3, directory=tmp_path / 'none'
+  )
+  to_huggingface(loaded, tmp_path / 'out')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+  assert torch.equal(
+    theirs.state_dict()['model.embed_tokens.weight'],
+    torch.asarray(np.array(params['embed']['matrix'])),
+  )
+  assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (256, 257)
