@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,7 @@ TESTED = (
   'calibrate',
   'advise',
   'generate',
+  'convert',
   'inspect',
   'plan',
   'serve',
@@ -120,6 +122,15 @@ def serving(command: str, runs: Path, env: dict[str, str]) -> Iterator[str]:
       server.kill()
 
 
+def _make_source(command: str, runs: Path) -> None:
+  """The folder that a conversion reads, which another command of the same page writes."""
+  argv = placed(command, runs)
+  if argv[1] == 'from-hf' and not Path(argv[2]).exists():
+    run_command(f'convert to-hf runs/quickstart {argv[2]}', runs)
+  elif argv[1] == 'to-hf':
+    shutil.rmtree(argv[3], ignore_errors=True)
+
+
 def run_command(command: str, runs: Path) -> None:
   """Runs a documented command with directories below `runs` and small sizes."""
   argv = placed(command, runs)
@@ -134,6 +145,8 @@ def run_command(command: str, runs: Path) -> None:
   elif argv[0] == 'generate':
     argv += ['--max_new_tokens=4']
     _certify_if_asked(command, runs)
+  elif argv[0] == 'convert':
+    _make_source(command, runs)
   elif argv[0] == 'plan':
     argv += ['--estimate_only']  # Compiling a model of that size takes minutes.
   with pytest.raises(SystemExit) as stop:
@@ -164,10 +177,10 @@ def test_documented_command(
     with serving(command.replace('runs/mine', 'runs/quickstart'), model_dirs, subprocess_env):
       return
   if (
-    command.startswith(('evaluate', 'advise', 'calibrate', 'generate'))
+    command.startswith(('evaluate', 'advise', 'calibrate', 'generate', 'convert'))
     or '--model_dir=runs/mine' not in command
   ):
-    run_command(command.replace('runs/mine', 'runs/quickstart'), model_dirs)
+    run_command(re.sub(r'runs/mine\b(?!-)', 'runs/quickstart', command), model_dirs)
   else:
     run_command(command.replace('runs/mine', f'runs/{abs(hash(command))}'), model_dirs)
 
