@@ -23,7 +23,13 @@ from exitax.checkpoint.classifiers import CLASSIFIER_FILE, load_classifiers, wri
 from exitax.checkpoint.config import BestMode, CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
 from exitax.checkpoint.manager import CheckpointManager
-from exitax.checkpoint.model_dir import LoadedModel, load_model, read_model, write_model
+from exitax.checkpoint.model_dir import (
+  LoadedModel,
+  load_model,
+  read_model,
+  tokenizer_directory,
+  write_model,
+)
 from exitax.checkpoint.reading import CheckpointInfo, Restored
 from exitax.checkpoint.tree import LeafSpec
 
@@ -40,6 +46,7 @@ __all__ = [
   'LoadedModel',
   'load_model',
   'read_model',
+  'tokenizer_directory',
   'write_model',
   'checkpoints_directory',
   'read_json',

@@ -67,6 +67,11 @@ def write_model(
   write_json_atomic(path, content)
 
 
+def tokenizer_directory(model_dir: str | os.PathLike[str]) -> Path:
+  """The folder of a model directory that holds its tokenizer."""
+  return Path(model_dir) / TOKENIZER_FOLDER
+
+
 def read_model(model_dir: str | os.PathLike[str]) -> tuple[ModelConfig, Tokenizer]:
   """The configuration and the tokenizer of a model directory.
 

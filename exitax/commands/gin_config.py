@@ -73,6 +73,29 @@ def exits(layers: Sequence[int], *, head: str = 'norm', matrix: str = 'final') -
   return tuple(models.ExitConfig(layer=n, head=kind, matrix=source) for n in layers)
 
 
+def model_of(
+  model_dir: str,
+  *,
+  exits: Sequence[Any] | None = None,
+  max_length: int | None = None,
+  precision: str | None = None,
+  remat: str | None = None,
+) -> Any:
+  """The configuration of the model in a directory, with other exits if given: for `RunConfig.model`.
+
+  Raises:
+    UserError: there is no model, or the exits do not fit it.
+  """
+  config, _ = checkpoint.read_model(model_dir)
+  given = {'exits': exits, 'max_length': max_length, 'precision': precision, 'remat': remat}
+  return dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+
+
+def tokenizer_of(model_dir: str) -> str:
+  """Where the tokenizer of a model directory is: for `SavedVocabulary.path`."""
+  return str(checkpoint.tokenizer_directory(model_dir))
+
+
 def exit_weights(
   start: Sequence[float],
   *,
@@ -115,7 +138,7 @@ def make_configurable(kind: Callable[..., Any], *, name: str | None = None) -> N
 @functools.cache
 def register() -> None:
   """Makes the classes and helpers of all commands known to gin, once."""
-  for item in (*CONFIGURABLE_CLASSES, exits, exit_weights, feature_length):
+  for item in (*CONFIGURABLE_CLASSES, exits, model_of, tokenizer_of, exit_weights, feature_length):
     make_configurable(item)
   # Commands register what they alone read, so that every file is valid for every command.
   for command in ('train', 'generate', 'serve'):
@@ -274,7 +297,8 @@ def _translate(error: Exception, bindings: Sequence[str]) -> UserError:
 
 
 def _how_to_set(macro: str) -> str:
-  return 'add --model_dir=DIR' if macro == 'MODEL_DIR' else f'add --gin.{macro}=VALUE'
+  own_flags = {'MODEL_DIR': '--model_dir=DIR', 'BACKBONE': '--backbone=DIR'}
+  return f'add {own_flags.get(macro, f"--gin.{macro}=VALUE")}'
 
 
 def _parameters(kind: str) -> list[str]:

@@ -77,6 +77,7 @@ def describe(run_config: RunConfig) -> str:
     make_optimizer(run_config.optimizer, schedule),
     make_mesh(run_config.mesh),
     run_config.sharding,
+    run_config.trained,
   )
   per_device = sum(
     _bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)

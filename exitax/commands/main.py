@@ -22,6 +22,7 @@ COMMANDS = {
   'calibrate': 'certify an exit threshold: how much text changes, with a guarantee',
   'generate': 'write text, with the exit depth of every token',
   'tune-confidence': 'train a confidence classifier for every exit of a frozen model',
+  'tune-exits': 'give a model exits without touching the model (EE-Tuning)',
   'serve': 'answer OpenAI clients over HTTP, with the exit depth of every token; a page at /',
   'convert': 'Hugging Face checkpoints to model directories, and back',
   'plan': 'compile a training step for a TPU slice that is not here; what fits, and how fast',

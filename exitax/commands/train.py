@@ -72,11 +72,12 @@ def run(flags: argparse.Namespace) -> int:
   flag_groups.parse_gin(flags, bind_model_dir=True)
   command = gin_config.build(TrainCommand)
   with joined_hosts(flags, gin_config.operative_lines()):
-    _run(command, dry_run=flags.dry_run)
+    run_command(command, dry_run=flags.dry_run)
   return 0
 
 
-def _run(command: TrainCommand, *, dry_run: bool) -> None:
+def run_command(command: TrainCommand, *, dry_run: bool) -> None:
+  """Trains, or says what would be trained."""
   if jax.process_index():
     # Process 0 speaks for all.
     if not dry_run:

@@ -128,8 +128,9 @@ class ExitLM:
     rotary: Rotary,
     attend: AttendFn,
     dropout: Dropout | None = None,
+    depth: int | None = None,
   ) -> jax.Array:
-    """Runs all (stacked) layers, keeping the stream where exits are.
+    """Runs the (stacked) layers, keeping the stream where exits are.
 
     Differentiable; nothing is cached. One scan, which compiles a single layer; on the CPU, where a
     scan copies every layer's weights, gradients and activations, shallow models are unrolled.
@@ -140,18 +141,20 @@ class ExitLM:
       rotary: angles of the tokens' positions.
       attend: mixes values within the batch; stateless.
       dropout: what a training step drops.
+      depth: how many layers to run; None runs all.
 
     Returns:
-      `[num_exits + 1, batch, length, embed]`, the last entry after all layers.
+      `[kept, batch, length, embed]`: at the exits up to `depth` and, if it is None, after all layers.
     """
     cfg = self.config
     run_block = self.stateless_block(rotary, attend, dropout)
-    layers = None if dropout is None else jnp.arange(cfg.num_layers)
+    depth = cfg.num_layers if depth is None else depth
+    layers = None if dropout is None else jnp.arange(depth)
     # Whoever rematerialises is short of memory, not of time; and XLA would undo it between layers.
     shallow = cfg.num_layers <= MAX_UNROLLED and cfg.remat is Remat.NONE
     if platform.on_cpu() and shallow:
-      return self._unrolled(run_block, params, hidden, layers)
-    return self._scanned(run_block, params, hidden, layers)
+      return self._unrolled(run_block, params, hidden, layers, depth)
+    return self._scanned(run_block, params, hidden, layers, depth)
 
   def stateless_block(
     self, rotary: Rotary, attend: AttendFn, dropout: Dropout | None = None
@@ -228,12 +231,20 @@ class ExitLM:
   # Helpers.
 
   def _scanned(
-    self, run_block: BlockFn, params: Params, hidden: jax.Array, layers: jax.Array | None
+    self,
+    run_block: BlockFn,
+    params: Params,
+    hidden: jax.Array,
+    layers: jax.Array | None,
+    depth: int,
   ) -> jax.Array:
     cfg, num_exits = self.config, len(self.config.exits)
     # Layers without an exit write to a spare row, so that the scan has no branches.
     row_of = {exit_config.layer - 1: i for i, exit_config in enumerate(cfg.exits)}
-    rows = jnp.asarray([row_of.get(layer, num_exits) for layer in range(cfg.num_layers)])
+    rows = jnp.asarray([row_of.get(layer, num_exits) for layer in range(depth)])
+    blocks = params['blocks']
+    if depth < cfg.num_layers:
+      blocks = jax.tree.map(lambda x: x[:depth], blocks)
 
     def step(carry: tuple[jax.Array, jax.Array], place: Any) -> Any:
       hidden, kept = carry
@@ -243,14 +254,19 @@ class ExitLM:
 
     # The last layer writes the spare row too: after the scan it holds the final stream.
     kept = jnp.zeros((num_exits + 1, *hidden.shape), hidden.dtype)
-    (_, kept), _ = jax.lax.scan(step, (hidden, kept), (params['blocks'], rows, layers))
-    return kept
+    (_, kept), _ = jax.lax.scan(step, (hidden, kept), (blocks, rows, layers))
+    return kept[: sum(item <= depth for item in cfg.depths)]
 
   def _unrolled(
-    self, run_block: BlockFn, params: Params, hidden: jax.Array, layers: jax.Array | None
+    self,
+    run_block: BlockFn,
+    params: Params,
+    hidden: jax.Array,
+    layers: jax.Array | None,
+    depth: int,
   ) -> jax.Array:
     kept = []
-    for layer, block_params in enumerate(unstack_layers(params['blocks'])):
+    for layer, block_params in enumerate(unstack_layers(params['blocks'])[:depth]):
       hidden = run_block(block_params, hidden, None if layers is None else layers[layer])
       if layer + 1 in self.config.depths:
         kept.append(hidden)

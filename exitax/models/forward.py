@@ -69,6 +69,7 @@ def features_at_exits(
   positions: jax.Array,
   *,
   dropout: Dropout | None = None,
+  depth: int | None = None,
 ) -> tuple[jax.Array, ...]:
   """What every exit's vocabulary matrix reads, shallow to deep, the final head last.
 
@@ -79,6 +80,7 @@ def features_at_exits(
     segment_ids: i32 `[batch, length]`; 0 is padding.
     positions: i32 `[batch, length]`, each less than the length.
     dropout: what a training step drops; None outside of training.
+    depth: how many layers to run: the exits up to there, and no final head; None runs all.
 
   Returns:
     One `[batch, length, embed]` per exit, in the model's compute dtype.
@@ -88,8 +90,10 @@ def features_at_exits(
   hidden = model.embed(params, tokens)
   if dropout is not None:
     hidden = dropout.drop_embedding(hidden)
-  kept = model.hidden_at_exits(params, hidden, rotary=rotary, attend=attend, dropout=dropout)
-  heads = (*model.config.exits, None)
+  kept = model.hidden_at_exits(
+    params, hidden, rotary=rotary, attend=attend, dropout=dropout, depth=depth
+  )
+  heads = (*model.config.exits, None)[: kept.shape[0]]
   return tuple(
     model.exit_features(params, head, kept[i], rotary=rotary, attend=attend)[0]
     for i, head in enumerate(heads)

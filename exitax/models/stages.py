@@ -126,6 +126,7 @@ def plan_stages(
   num_stages: int,
   num_chunks: int = 1,
   layers_per_span: Sequence[int] | None = None,
+  depth: int | None = None,
 ) -> StagePlan:
   """Cuts a model into spans: as even as it gets, later spans shorter, or as told.
 
@@ -134,15 +135,18 @@ def plan_stages(
     num_stages: stages of the pipeline.
     num_chunks: spans per stage.
     layers_per_span: layers of each span, in the order of the layers.
+    depth: layers to run; the exits up to there, and no final head. None runs all.
 
   Raises:
     UserError: more spans than layers, or a division that does not fit.
   """
-  num_spans, num_layers = num_stages * num_chunks, config.num_layers
+  num_spans = num_stages * num_chunks
+  num_layers = config.num_layers if depth is None else depth
   if num_spans > num_layers:
     chunks = f' x num_chunks={num_chunks}' if num_chunks > 1 else ''
+    run = 'num_layers' if depth is None else 'the last exit, at layer'
     raise UserError(
-      f'pipeline={num_stages}{chunks} is more than num_layers={num_layers}: '
+      f'pipeline={num_stages}{chunks} is more than {run}={num_layers}: '
       f'choose at most {num_layers} stages in all'
     )
   if layers_per_span is None:
@@ -156,11 +160,14 @@ def plan_stages(
   if min(layers_per_span) < 1:
     raise UserError(f'layers_per_span={tuple(layers_per_span)} has a span without layers')
   cuts = tuple(itertools.accumulate(layers_per_span, initial=0))
-  return StagePlan(num_stages, num_chunks, cuts, config.depths)
+  depths = tuple(item for item in config.depths if item <= num_layers)
+  return StagePlan(num_stages, num_chunks, cuts, depths)
 
 
 def stack_spans(plan: StagePlan, blocks: Params) -> Params:
   """Blocks `[num_layers, ...]` as `[stages, chunks, max_layers, ...]`; linear in the blocks."""
+  if plan.cuts[-1] < jax.tree.leaves(blocks)[0].shape[0]:
+    blocks = jax.tree.map(lambda x: x[: plan.cuts[-1]], blocks)
   if plan.is_even:
     shape = (plan.num_chunks, plan.num_stages, plan.max_layers)
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1), blocks)

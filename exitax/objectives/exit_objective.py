@@ -90,6 +90,7 @@ def exit_objective(
   *,
   config: ObjectiveConfig,
   dropout: Dropout | None = None,
+  depth: int | None = None,
 ) -> tuple[jax.Array, LossSums]:
   """Weighted *sum* of token losses; divide value and gradient by the tokens of all batches.
 
@@ -100,12 +101,13 @@ def exit_objective(
     exit_weights: f32 `[exits + 1]`, from `ObjectiveConfig.weights_at`.
     config: z-loss and slice length; its weights are not read here.
     dropout: what a training step drops; None outside of training.
+    depth: how many layers to run; exits behind them, and the final head, count nothing.
 
   Returns:
     The loss, a scalar, and the sums of every exit for metrics.
   """
   features = features_at_exits(
-    model, params, batch.tokens, batch.segment_ids, batch.positions, dropout=dropout
+    model, params, batch.tokens, batch.segment_ids, batch.positions, dropout=dropout, depth=depth
   )
   loss, sums = losses_of_exits(
     model, params, dict(enumerate(features)), batch, exit_weights, config=config

@@ -16,8 +16,10 @@ from exitax.parallel import PIPELINE_AXIS, check_batch_size, count_flops, logica
 from exitax.training.config import RunConfig
 from exitax.training.optimizer import learning_rate_schedule, make_optimizer
 from exitax.training.pipeline import PipelinedObjective
+from exitax.training.pipelined_tuning import PipelinedTuning
 from exitax.training.state import TrainState, abstract_state
 from exitax.training.step import TrainStepFn, make_train_step
+from exitax.training.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Assembly:
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    return abstract_state(self.model, self.optimizer, self.mesh, self.config.sharding)
+    return abstract_state(
+      self.model, self.optimizer, self.mesh, self.config.sharding, self.config.trained
+    )
 
   def abstract_batch(self) -> Batch:
     """Shapes, dtypes and shardings of a batch."""
@@ -75,7 +79,8 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
   optimizer = make_optimizer(config.optimizer, schedule)
   pipelined = None
   if mesh.shape[PIPELINE_AXIS] > 1:
-    pipelined = PipelinedObjective(
+    kind = PipelinedTuning if config.trained is Trained.EXITS else PipelinedObjective
+    pipelined = kind(
       model, mesh, config.sharding, objective=config.objective, pipeline=config.pipeline
     )
     pipelined.check_rows(config.data.batch_size // config.loop.accumulation_steps)
@@ -106,4 +111,5 @@ def _step(
     accumulation_steps=config.loop.accumulation_steps,
     value_and_grad=pipelined.value_and_grad if pipelined else None,
     dropout=config.dropout,
+    trained=config.trained,
   )

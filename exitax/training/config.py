@@ -6,15 +6,20 @@ import dataclasses
 
 from exitax.checkpoint import CheckpointConfig
 from exitax.data import DataConfig
-from exitax.errors import UserError
-from exitax.models import DropoutConfig, ModelConfig
-from exitax.objectives import ObjectiveConfig
+from exitax.errors import UserError, choose
+from exitax.layers import HeadKind
+from exitax.models import DropoutConfig, ExitMatrix, ModelConfig
+from exitax.objectives import ExitWeight, ObjectiveConfig
 from exitax.parallel import MeshConfig, ShardingRules
+from exitax.training.initial import InitialExits
 from exitax.training.optimizer import OptimizerConfig
 from exitax.training.pipeline import PipelineConfig
+from exitax.training.trained import Trained
 
 # The checkpoints kept as best are those with the lowest held-out loss of the final layer.
 BEST_METRIC = 'held_out/final/nll'
+# Matrices that belong to the backbone.
+_READ = (ExitMatrix.INPUT, ExitMatrix.FINAL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class LoopConfig:
       of ln(vocab_size), the loss of guessing.
     initial_checkpoint: a model directory whose parameters start the run, if MODEL_DIR has no
       checkpoint of its own.
+    initial_exits: how exits start that the initial checkpoint does not have: 'random' or 'copy'.
   """
 
   train_steps: int
@@ -48,8 +54,11 @@ class LoopConfig:
   profile_steps: int = 0
   max_loss_ratio: float = 3.0
   initial_checkpoint: str | None = None
+  initial_exits: InitialExits = InitialExits.RANDOM
 
   def __post_init__(self) -> None:
+    initial = choose(InitialExits, self.initial_exits, name='LoopConfig.initial_exits')
+    object.__setattr__(self, 'initial_exits', initial)
     for name in ('train_steps', 'accumulation_steps', 'log_period', 'checkpoint_period'):
       if getattr(self, name) < 1:
         raise UserError(f'{name}={getattr(self, name)} must be at least 1')
@@ -62,7 +71,8 @@ class LoopConfig:
 class RunConfig:
   """A whole run: what is trained, on what, how, and where.
 
-  `pipeline` counts on meshes with more than one stage only.
+  `pipeline` counts on meshes with more than one stage only. `trained` is 'all' or 'exits'; exits that
+  are tuned on a frozen model do not know of each other: their weights are 1 unless given.
 
   Raises:
     UserError: parts that do not fit each other.
@@ -78,8 +88,12 @@ class RunConfig:
   sharding: ShardingRules = ShardingRules()
   pipeline: PipelineConfig = PipelineConfig()
   checkpoint: CheckpointConfig = CheckpointConfig(best_metric=BEST_METRIC)
+  trained: Trained = Trained.ALL
 
   def __post_init__(self) -> None:
+    object.__setattr__(self, 'trained', choose(Trained, self.trained, name='RunConfig.trained'))
+    if self.trained is Trained.EXITS:
+      self._check_tuning()
     self.objective.check(self.model.exits)
     if self.data.length > self.model.max_length:
       raise UserError(
@@ -91,3 +105,21 @@ class RunConfig:
         f'accumulation_steps={self.loop.accumulation_steps} does not divide '
         f'batch_size={self.data.batch_size}: choose a divisor'
       )
+
+  def _check_tuning(self) -> None:
+    if not self.model.exits:
+      raise UserError("trained='exits' and the model has none: give ModelConfig.exits")
+    if not self.loop.initial_checkpoint:
+      raise UserError("trained='exits' needs LoopConfig.initial_checkpoint, the model to freeze")
+    if self.dropout != DropoutConfig():
+      raise UserError(
+        "trained='exits' drops nothing in the frozen model: leave DropoutConfig alone"
+      )
+    exits = self.model.exits
+    if all(kind.head is HeadKind.EMBEDDING and kind.matrix in _READ for kind in exits):
+      raise UserError(
+        'these exits have no parameters of their own: choose another head, or the matrix own or shared'
+      )
+    if not self.objective.exit_weights:
+      even = (ExitWeight(start=1.0),) * len(exits)
+      object.__setattr__(self, 'objective', dataclasses.replace(self.objective, exit_weights=even))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from exitax.errors import UserError, choose
 from exitax.models import Dropout, ExitLM, Params, Remat, StagePlan, plan_stages, stack_spans
 from exitax.objectives import (
+  ExitSums,
   LossSums,
   Microbatch,
   ObjectiveConfig,
@@ -133,8 +134,9 @@ class PipelinedObjective:
     *,
     objective: ObjectiveConfig,
     pipeline: PipelineConfig,
+    depth: int | None = None,
   ) -> None:
-    """Plans the stages.
+    """Plans the stages; with `depth` for the layers up to there and their exits alone.
 
     Raises:
       UserError: sizes that do not fit each other.
@@ -149,6 +151,7 @@ class PipelinedObjective:
       num_stages=num_stages,
       num_chunks=pipeline.num_chunks,
       layers_per_span=pipeline.layers_per_span,
+      depth=depth,
     )
     sizes = {
       'num_stages': num_stages,
@@ -170,16 +173,18 @@ class PipelinedObjective:
     dropout: Dropout | None = None,
   ) -> tuple[tuple[jax.Array, LossSums], Params]:
     """As `jax.value_and_grad(exit_objective, has_aux=True)`, for parameters with stacked blocks."""
-    sums, grads = self._run(params, batch, exit_weights, self.schedule, dropout)
+    exits, grads = self._run(params, batch, exit_weights, self.schedule, dropout)
+    sums = LossSums(exits=exits, tokens=jnp.sum(batch.weights))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     grads = jax.tree.map(lambda g, s: g.astype(s.dtype), grads, jax.eval_shape(self._views, shapes))
     (of_params,) = jax.linear_transpose(self._views, shapes)(grads)
-    return (self._loss(sums, exit_weights), sums), of_params
+    return (self._loss(exits, exit_weights), sums), of_params
 
   def score(self, params: Params, batch: PackedBatch) -> LossSums:
     """Sums of every exit, without gradients."""
     weights = jnp.ones(len(self._model.config.depths))
-    return self._run(params, batch, weights, self._forward_schedule)[0]
+    exits, _ = self._run(params, batch, weights, self._forward_schedule)
+    return LossSums(exits=exits, tokens=jnp.sum(batch.weights))
 
   def check_rows(self, num_rows: int) -> None:
     """Passes if every data shard's rows can be cut into microbatches.
@@ -233,8 +238,13 @@ class PipelinedObjective:
         f"multiple of {parts}, or PipelineConfig.vocab='stage'"
       )
 
-  def _loss(self, sums: LossSums, exit_weights: jax.Array) -> jax.Array:
-    losses = sums.exits.nll + self._objective.z_loss * sums.exits.log_z_squared
+  def _program(self) -> StageProgram:
+    """What the stages compute."""
+    span = SpanObjective(self._model, self.plan, self._objective, self._config.vocab, PIPELINE_AXIS)
+    return StageProgram(span.run, span.loss, span.hidden_like)
+
+  def _loss(self, exits: ExitSums, exit_weights: jax.Array) -> jax.Array:
+    losses = exits.nll + self._objective.z_loss * exits.log_z_squared
     return jnp.sum(exit_weights * losses)
 
   def _run(
@@ -244,7 +254,8 @@ class PipelinedObjective:
     exit_weights: jax.Array,
     schedule: Schedule,
     dropout: Dropout | None = None,
-  ) -> tuple[LossSums, Any]:
+  ) -> tuple[Any, Any]:
+    """The sums that the program's losses make, over all devices, and the gradient of the views."""
     self.check_rows(batch.tokens.shape[0])
     shares = self._counted_shares(batch, schedule)
     exit_weights = exit_weights / shares
@@ -263,8 +274,7 @@ class PipelinedObjective:
       check_vma=False,
     )
     sums, grads = run(views, batch, exit_weights, dropout)
-    sums = jax.tree.map(lambda x: x / shares, sums)
-    return LossSums(exits=sums, tokens=jnp.sum(batch.weights)), grads
+    return jax.tree.map(lambda x: x / shares, sums), grads
 
   def _counted_shares(self, batch: PackedBatch, schedule: Schedule) -> jax.Array | float:
     """Share of the batch's tokens that each exit's loss is made of, f32 `[exits + 1]`.
@@ -302,11 +312,8 @@ class PipelinedObjective:
       exit_weights=jnp.broadcast_to(exit_weights, (num_parts, *exit_weights.shape)),
       dropout=_cut_dropout(dropout, num_parts),
     )
-    program = SpanObjective(
-      self._model, self.plan, self._objective, self._config.vocab, PIPELINE_AXIS
-    )
     result = run_pipeline(
-      StageProgram(program.run, program.loss, program.hidden_like),
+      self._program(),
       schedule,
       jax.tree.map(lambda x: x[0], whole.stages),
       whole.shared,

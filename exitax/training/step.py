@@ -14,6 +14,7 @@ from exitax.errors import UserError
 from exitax.models import Dropout, DropoutConfig, ExitLM, Params, with_rows
 from exitax.objectives import LossSums, ObjectiveConfig, PackedBatch, exit_objective
 from exitax.training.state import TrainState
+from exitax.training.trained import Trained, join_trained, split_trained, trained_depth
 
 
 @struct.dataclass
@@ -37,8 +38,8 @@ class StepMetrics:
 
 TrainStepFn = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
-# Parameters, batch, exit weights and what is dropped to ((loss, sums), gradient), all sums over the
-# batch.
+# Parameters, batch, exit weights and what is dropped to ((loss, sums), gradient of the trained ones),
+# all sums over the batch.
 ValueAndGradFn = Callable[
   [Params, Any, jax.Array, Dropout | None], tuple[tuple[jax.Array, LossSums], Params]
 ]
@@ -53,6 +54,7 @@ def make_train_step(
   accumulation_steps: int = 1,
   value_and_grad: ValueAndGradFn | None = None,
   dropout: DropoutConfig = DropoutConfig(),
+  trained: Trained = Trained.ALL,
 ) -> TrainStepFn:
   """A step function to be jitted with its state donated.
 
@@ -69,6 +71,7 @@ def make_train_step(
       `PipelinedObjective.value_and_grad`; None is autodiff of the whole model.
     dropout: what is dropped; masks follow `TrainState.step` and the row of the whole batch, so
       neither resuming nor accumulation changes them.
+    trained: parameters that change; the gradient is made for them alone.
 
   Raises:
     UserError: as `ObjectiveConfig.check`; while tracing, a batch that cannot be cut.
@@ -78,10 +81,20 @@ def make_train_step(
   def autodiff(
     params: Params, batch: PackedBatch, weights: jax.Array, dropped: Dropout | None
   ) -> Any:
-    def loss_fn(params: Params) -> tuple[jax.Array, LossSums]:
-      return exit_objective(model, params, batch, weights, config=objective, dropout=dropped)
+    own, frozen = split_trained(params, trained)
 
-    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+    def loss_fn(own: Params) -> tuple[jax.Array, LossSums]:
+      return exit_objective(
+        model,
+        join_trained(own, frozen),
+        batch,
+        weights,
+        config=objective,
+        dropout=dropped,
+        depth=trained_depth(model.config, trained),
+      )
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(own)
 
   gradients = value_and_grad or autodiff
 
@@ -100,7 +113,8 @@ def make_train_step(
       )
     per_token = 1.0 / jnp.maximum(sums.tokens, 1.0)
     grads = jax.tree.map(lambda g: g * per_token, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    own, frozen = split_trained(state.params, trained)
+    updates, opt_state = optimizer.update(grads, state.opt_state, own)
     metrics = StepMetrics(
       sums=sums,
       loss=loss * per_token,
@@ -108,7 +122,8 @@ def make_train_step(
       learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
       exit_weights=weights,
     )
-    params: Any = optax.apply_updates(state.params, updates)
+    updated: Any = optax.apply_updates(own, updates)
+    params = join_trained(updated, frozen)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return step

@@ -31,6 +31,7 @@ from exitax.training.assembly import assemble
 from exitax.training.config import RunConfig
 from exitax.training.display import Display, QuietDisplay
 from exitax.training.health import DivergenceError, HealthBounds, largest_rms
+from exitax.training.initial import initial_params
 from exitax.training.interrupt import AgreedStop, StopSignal
 from exitax.training.metrics import FileMetricsWriter, MetricsWriter
 from exitax.training.model_dir import prepare_model_dir
@@ -38,6 +39,7 @@ from exitax.training.profiler import ProfilerWindow
 from exitax.training.state import TrainState, init_state
 from exitax.training.step import StepMetrics
 from exitax.training.throughput import Throughput, total_peak_flops
+from exitax.training.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ class _Trainer:
       self._display.message(f'resuming from step {latest} in {self._model_dir}')
       return restored.state, latest
     key = jax.random.key(self._loop.seed)
-    state = init_state(self._model, self._optimizer, key, self._mesh, rules)
+    state = init_state(self._model, self._optimizer, key, self._mesh, rules, self._config.trained)
     if self._loop.initial_checkpoint:
       path = self._loop.initial_checkpoint
       do_together(lambda: read_model(path), part=f'reading initial_checkpoint={path}')
@@ -165,15 +167,8 @@ class _Trainer:
         expected_digest=source.tokenizer.digest,
         where=path,
       )
-      same = jax.tree.map(np.shape, source.params) == jax.tree.map(np.shape, state.params)
-      if not same:
-        raise UserError(
-          f'initial_checkpoint={path} holds a model of another shape: '
-          'use its ModelConfig, or train from scratch'
-        )
-      # Master weights are float32, whatever a converted checkpoint keeps.
-      widened = jax.tree.map(lambda own, new: new.astype(own.dtype), state.params, source.params)
-      state = dataclasses.replace(state, params=widened)
+      params = initial_params(self._model, state.params, source, self._loop.initial_exits)
+      state = dataclasses.replace(state, params=params)
     prepare_model_dir(self._model_dir, self._config.model, self._data.tokenizer)
     return state, 0
 
@@ -240,6 +235,8 @@ class _Trainer:
     self._stop_if(*next(((text, at) for at, text in problems if text), (None, step)))
     sums = add_sums(metrics.sums for metrics in fetched)
     scores = exit_scores(self._model, sums, bytes_per_token=self._data.stats.train.bytes_per_target)
+    if self._config.trained is Trained.EXITS:
+      scores = scores[:-1]  # The final layer was not run.
     values = _score_metrics('train', scores)
     values['train/loss'] = float(np.mean([m.loss for m in fetched]))
     values['gradient_norm'] = float(fetched[-1].gradient_norm)
