@@ -1,7 +1,7 @@
 r"""Gives a model exits without touching the model: EE-Tuning.
 
-  exitax tune-exits --gin_file=gin/runs/ee_tune.gin --backbone=runs/plain --model_dir=runs/tuned \
-    --gin.exits.layers='(2, 4)'
+  exitax tune-exits --gin_file=gin/runs/ee_tune.gin --backbone=runs/quickstart --model_dir=runs/tuned \
+    --gin.exits.layers='(1, 3)'
 
 The backbone is frozen, bit for bit, and runs forwards only, up to the last exit. Any number of exits is
 tuned in one pass: they do not know of each other. MODEL_DIR is a model directory like any other, with the backbone

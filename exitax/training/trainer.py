@@ -129,7 +129,7 @@ class _Trainer:
       self._display.begin(
         step=first_step,
         train_steps=self._loop.train_steps,
-        depth_names=self._model.config.depth_names,
+        depth_names=self._trained_depths,
       )
       try:
         state, step = self._steps(state, first_step, writer, stop)
@@ -143,6 +143,12 @@ class _Trainer:
       if self._saved_step != step:
         self._save(state, step)
     return TrainResult(step=step, finished=finished, scores=self._scores, params=state.params)
+
+  @property
+  def _trained_depths(self) -> tuple[str, ...]:
+    """Names of the depths that a step runs to: not to the end, if only exits are trained."""
+    names = self._model.config.depth_names
+    return names[:-1] if self._config.trained is Trained.EXITS else names
 
   def _start(self) -> tuple[TrainState, int]:
     """State and step to go on from: see the restore order of `train`."""
@@ -235,9 +241,7 @@ class _Trainer:
     self._stop_if(*next(((text, at) for at, text in problems if text), (None, step)))
     sums = add_sums(metrics.sums for metrics in fetched)
     scores = exit_scores(self._model, sums, bytes_per_token=self._data.stats.train.bytes_per_target)
-    if self._config.trained is Trained.EXITS:
-      scores = scores[:-1]  # The final layer was not run.
-    values = _score_metrics('train', scores)
+    values = _score_metrics('train', scores[: len(self._trained_depths)])
     values['train/loss'] = float(np.mean([m.loss for m in fetched]))
     values['gradient_norm'] = float(fetched[-1].gradient_norm)
     values['learning_rate'] = float(fetched[-1].learning_rate)

@@ -36,6 +36,10 @@ SMALL = (
   '--gin.ModelConfig.mlp_dim=16',
   '--gin.LoopConfig.eval_rows=8',
 )
+# The backbone has its own sizes and tokenizer.
+SMALL_TUNING = tuple(
+  flag for flag in SMALL if not flag.startswith(('--gin.ModelConfig', '--gin.VOCAB_SIZE'))
+)
 SMALL_EVALUATION = (
   '--gin.EvaluateConfig.rows=8',
   '--gin.EvaluateConfig.speed_prompts=1',
@@ -62,6 +66,7 @@ SMALL_CALIBRATION = (
 
 TESTED = (
   'train',
+  'tune-exits',
   'evaluate',
   'tune-confidence',
   'calibrate',
@@ -136,6 +141,8 @@ def run_command(command: str, runs: Path) -> None:
   argv = placed(command, runs)
   if argv[0] in ('train',):
     argv += SMALL
+  elif argv[0] == 'tune-exits':
+    argv += SMALL_TUNING
   elif argv[0] == 'evaluate':
     argv += SMALL_EVALUATION
   elif argv[0] == 'advise':
@@ -229,7 +236,9 @@ def test_make_targets_in_the_readme_exist() -> None:
 
 
 @pytest.mark.parametrize('path', GIN_FILES, ids=lambda path: str(path.relative_to(ROOT / 'gin')))
-def test_gin_file_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gin_file_is_valid(
+  path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
   """Every file parses and builds: a run by itself, other files on top of the quickstart."""
   name = str(path.relative_to(ROOT / 'gin'))
   files = [name] if name == 'runs/quickstart.gin' else ['runs/quickstart.gin', name]
@@ -247,6 +256,10 @@ def test_gin_file_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> No
     # Files for slices of a pod, likewise.
     *(['--gin.MeshConfig.tensor=1'] if pod else []),
   ]
+  if 'BACKBONE = %gin.REQUIRED' in path.read_text(encoding='utf-8'):
+    # A run on a model that is there: its shapes are that model's.
+    files = [name]
+    required.append(f"--gin.BACKBONE='{request.getfixturevalue('model_dirs') / 'quickstart'}'")
   with pytest.raises(SystemExit) as stop:
     main(['train', '--dry_run', *(f'--gin_file={file}' for file in files), *required])
   assert not stop.value.code, capsys.readouterr().err
