@@ -5,6 +5,13 @@
 
 The text is the held-out part of what the model was trained on, as MODEL_DIR/config.gin says; gin
 files and bindings come on top of it. Results go to MODEL_DIR/evaluation/.
+
+With --tasks it runs standard benchmarks in place of that, on every exit and at every threshold that is
+asked for (lm-evaluation-harness; pip install 'exitax[harness]'):
+
+  exitax evaluate --model_dir=runs/llama --tasks=hellaswag,arc_easy --limit=200
+  exitax evaluate --model_dir=runs/llama --tasks=gsm8k --exits=final --thresholds=0.9,0.8
+  exitax evaluate --model_dir=runs/llama --tasks=mine --task_path=tasks
 """
 
 from __future__ import annotations
@@ -13,8 +20,8 @@ import argparse
 from pathlib import Path
 
 from exitax.checkpoint import CheckpointError, load_model, read_model
+from exitax.commands import benchmarks, gin_config
 from exitax.commands import flags as flag_groups
-from exitax.commands import gin_config
 from exitax.commands.train import CONFIG_FILE
 from exitax.data import DataConfig, build_data, progress_bar
 from exitax.errors import UserError
@@ -36,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
   parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
   parser.add_argument('--output', metavar='DIR', help='where results go (MODEL_DIR/evaluation)')
+  benchmarks.add_arguments(parser)
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)
 
@@ -47,6 +55,8 @@ def run(flags: argparse.Namespace) -> int:
     raise UserError('evaluate needs a model: --model_dir=DIR, such as runs/quickstart')
   model_dir = Path(flags.model_dir)
   read_model(model_dir)  # Says what is wrong with a directory that holds no model.
+  if benchmarks.asked_for(flags):
+    return benchmarks.run(flags, output=flags.output or model_dir / EVALUATION_FOLDER)
   flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
   report, files = evaluate_directory(model_dir, step=flags.step, output=flags.output)
   print(render_report(report))

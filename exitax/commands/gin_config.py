@@ -20,7 +20,7 @@ from exitax import checkpoint, data, evaluate, models, objectives, parallel, tra
 from exitax.errors import UserError, choose
 from exitax.evaluate.advice import AdviseConfig
 from exitax.evaluate.calibration import CalibrateConfig
-from exitax.layers import HeadKind, RopeConfig
+from exitax.layers import HeadKind, LoraConfig, RopeConfig
 
 Built = TypeVar('Built')
 
@@ -39,6 +39,7 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   models.ExitConfig,
   models.DropoutConfig,
   RopeConfig,
+  LoraConfig,
   objectives.ObjectiveConfig,
   objectives.ExitWeight,
   data.DataConfig,
@@ -80,6 +81,7 @@ def model_of(
   max_length: int | None = None,
   precision: str | None = None,
   remat: str | None = None,
+  lora: LoraConfig | None = None,
 ) -> Any:
   """The configuration of the model in a directory, with other exits if given: for `RunConfig.model`.
 
@@ -88,7 +90,10 @@ def model_of(
   """
   config, _ = checkpoint.read_model(model_dir)
   given = {'exits': exits, 'max_length': max_length, 'precision': precision, 'remat': remat}
-  return dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+  # The model's own adapters, if any, are merged when it is loaded to go on from.
+  return dataclasses.replace(
+    config, lora=lora, **{name: value for name, value in given.items() if value is not None}
+  )
 
 
 def tokenizer_of(model_dir: str) -> str:

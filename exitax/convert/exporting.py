@@ -25,6 +25,7 @@ from exitax.convert.safetensors_file import dtype_name
 from exitax.convert.sidecar import sidecar_metadata
 from exitax.convert.writing import SHARD_BYTES, write_backbone, write_exits
 from exitax.data import Tokenizer
+from exitax.layers import merge_lora
 
 _TORCH_NAMES = {'F64': 'float64', 'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 
@@ -37,7 +38,7 @@ def to_huggingface(
   shard_bytes: int = SHARD_BYTES,
   report: ReportFn = quiet,
 ) -> None:
-  """Writes a folder that transformers loads; exits go into a file of their own.
+  """Writes a folder that transformers loads; exits go into a file of their own, adapters are merged.
 
   Args:
     loaded: the model.
@@ -59,17 +60,16 @@ def to_huggingface(
   else:
     content = huggingface_config(config, dtype=_TORCH_NAMES[stored])
     content |= _special_ids(loaded.tokenizer)
+  params = merge_lora(loaded.params, config.lora)
   with new_folder(out) as folder:
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
     _write_tokenizer(loaded, folder)
-    write_backbone(
-      folder, config, loaded.params, dtype=name, shard_bytes=shard_bytes, report=report
-    )
+    write_backbone(folder, config, params, dtype=name, shard_bytes=shard_bytes, report=report)
     if config.exits:
       write_exits(
         folder / SIDECAR_FILE,
         config,
-        loaded.params,
+        params,
         metadata=sidecar_metadata(config.exits),
         dtype=name,
         report=report,

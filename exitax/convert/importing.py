@@ -11,13 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from exitax.checkpoint import (
-  CheckpointManager,
-  LoadedModel,
-  checkpoints_directory,
-  write_json_atomic,
-  write_model,
-)
+from exitax.checkpoint import LoadedModel, write_json_atomic
 from exitax.convert.families import model_config, source_precision, with_length
 from exitax.convert.folder import (
   CARRIED_FILES,
@@ -33,6 +27,7 @@ from exitax.convert.folder import (
 from exitax.convert.new_folder import new_folder
 from exitax.convert.reading import ReportFn, check_tensors, quiet, read_params
 from exitax.convert.safetensors_file import TensorEntry
+from exitax.convert.saving import write_model_dir
 from exitax.convert.sidecar import with_exits
 from exitax.data import HuggingFaceTokenizer, Tokenizer
 from exitax.errors import UserError
@@ -142,9 +137,7 @@ def from_huggingface(
   """
   with new_folder(out) as directory:
     loaded = load_huggingface(source, mesh=mesh, rules=rules, dtype=dtype, report=report)
-    with CheckpointManager(checkpoints_directory(directory)) as manager:
-      manager.save_in_place(0, {'params': loaded.params})
-    write_model(directory, source.config, source.tokenizer)
+    write_model_dir(loaded, directory)
     origin = directory / ORIGIN_FOLDER
     origin.mkdir()
     write_json_atomic(origin / CONFIG_FILE, source.folder.config)

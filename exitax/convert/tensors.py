@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from exitax.layers import LORA_LEAVES
 from exitax.models import ExitLM, ModelConfig
 from exitax.parallel import path_name
 
@@ -32,7 +33,7 @@ _MODULES = {
   'attention/query_norm/scale': 'self_attn.q_norm.weight',
   'attention/key_norm/scale': 'self_attn.k_norm.weight',
 }
-_LINEARS = {
+LINEARS = {
   'attention/query': 'self_attn.q_proj',
   'attention/key': 'self_attn.k_proj',
   'attention/value': 'self_attn.v_proj',
@@ -41,9 +42,16 @@ _LINEARS = {
   'mlp/up': 'mlp.up_proj',
   'mlp/down': 'mlp.down_proj',
 }
-_SUFFIXES = {'kernel': 'weight', 'bias': 'bias'}
-# Linear maps from heads; all others map from the stream or the MLP, one axis.
-_FROM_HEADS = 'attention/output/kernel'
+_SUFFIXES = {
+  'kernel': 'weight',
+  'bias': 'bias',
+  'lora_a': 'lora_A.weight',
+  'lora_b': 'lora_B.weight',
+}
+_MATRICES = ('kernel', *LORA_LEAVES)
+_PEFT = 'base_model.model.'
+# Linear maps from heads, two axes; all others map from the stream, the MLP or a rank, one axis.
+_FROM_HEADS = ('attention/output/kernel', 'attention/output/lora_a')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +92,26 @@ class TensorPlace:
 
 
 def tensor_places(config: ModelConfig) -> dict[str, tuple[TensorPlace, ...]]:
-  """Leaf path -> its tensors, one per layer or one alone.
+  """Leaf path -> its tensors, one per layer or one alone, but for adapters.
 
   The exits' leaves, which no other library knows, keep their paths as names and their shapes.
   """
-  leaves = jax.tree.leaves_with_path(ExitLM(config).abstract_params())
+  plain = dataclasses.replace(config, lora=None)
+  leaves = jax.tree.leaves_with_path(ExitLM(plain).abstract_params())
   return {path_name(path): tuple(_places(path_name(path), leaf.shape)) for path, leaf in leaves}
+
+
+def adapter_places(config: ModelConfig) -> dict[str, tuple[TensorPlace, ...]]:
+  """The same for the leaves of adapters, under the names that PEFT gives them."""
+  leaves = jax.tree.leaves_with_path(ExitLM(config).abstract_params())
+  return {
+    path_name(path): tuple(
+      dataclasses.replace(place, name=_PEFT + place.name)
+      for place in _places(path_name(path), leaf.shape)
+    )
+    for path, leaf in leaves
+    if path[-1].key in LORA_LEAVES
+  }
 
 
 def is_of_exits(name: str) -> bool:
@@ -104,8 +126,8 @@ def _places(path: str, shape: tuple[int, ...]) -> Iterator[TensorPlace]:
     return
   inner, row = path.removeprefix(_BLOCKS), shape[1:]
   num_in = 0
-  if inner.endswith('/kernel'):
-    num_in = 2 if inner == _FROM_HEADS else 1
+  if inner.endswith(_MATRICES):
+    num_in = 2 if inner in _FROM_HEADS else 1
   flat = row
   if num_in:
     flat = (math.prod(row[num_in:]), math.prod(row[:num_in]))
@@ -126,4 +148,4 @@ def _module_name(inner: str) -> str:
   if inner in _MODULES:
     return _MODULES[inner]
   linear, _, leaf = inner.rpartition('/')
-  return f'{_LINEARS[linear]}.{_SUFFIXES[leaf]}'
+  return f'{LINEARS[linear]}.{_SUFFIXES[leaf]}'

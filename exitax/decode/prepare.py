@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from exitax.layers import Int8, join_linears, platform, quantise_matrices
+from exitax.layers import Int8, join_linears, merge_lora, platform, quantise_matrices
 from exitax.models import ExitLM, Params
 
 
@@ -28,7 +28,7 @@ def prepare_params(
   """
   if has_int8(params):
     return params
-  prepared = cast_matrices(model, model.unstack(params))
+  prepared = cast_matrices(model, model.unstack(merge_lora(params, model.config.lora)))
   if not platform.partitioned():
     prepared = {name: join_linears(part) for name, part in prepared.items()}
   return quantise_matrices(prepared) if weights is WeightFormat.INT8 else prepared

@@ -27,7 +27,7 @@ from exitax.decode.stage_pass import Stage
 from exitax.decode.stage_tables import StageTables
 from exitax.decode.state import DecodeState
 from exitax.errors import UserError
-from exitax.layers import HeadKind, join_linears, quantise_matrices
+from exitax.layers import HeadKind, join_linears, merge_lora, quantise_matrices
 from exitax.models import ExitLM, ModelConfig, Params, StagePlan, stack_spans
 from exitax.parallel import PIPELINE_AXIS, ambient_spec, constrain
 
@@ -147,7 +147,7 @@ def staged_specs(tree: Any) -> Any:
 def _arrange(
   params: Params, *, model: ExitLM, tables: StageTables, weights: WeightFormat
 ) -> Params:
-  params = cast_matrices(model, params)
+  params = cast_matrices(model, merge_lora(params, model.config.lora))
   exits = {layer: dict(item) for layer, item in params.get('exits', {}).items()}
   layer_heads = {
     item.layer: exits[str(item.layer)].pop('head')

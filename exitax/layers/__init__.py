@@ -17,6 +17,7 @@ from exitax.layers.int8 import Int8, quantise, quantise_matrices, split_scale
 from exitax.layers.joined import join_linears
 from exitax.layers.kernels import MASKED_LOGIT, cached_attention, dot_product_attention
 from exitax.layers.linear import Linear, contract, project
+from exitax.layers.lora import LORA_LEAVES, LoraConfig, merge_lora
 from exitax.layers.mlp import SwiGLU
 from exitax.layers.norm import RMSNorm, rms_normalise
 from exitax.layers.rotary import (
@@ -58,7 +59,10 @@ __all__ = [
   'embed_tokens',
   'fuses_attention',
   'inverse_frequencies',
+  'LORA_LEAVES',
+  'LoraConfig',
   'join_linears',
+  'merge_lora',
   'keep_mask',
   'make_rotary',
   'platform',

@@ -73,6 +73,7 @@ class Attention(nn.Module):
       precision=cfg.precision,
       init_std=cfg.residual_init_std,
       use_bias=cfg.output_bias,
+      lora=cfg.lora,
       name='output',
     )
     return output(mixed), state
@@ -85,6 +86,7 @@ class Attention(nn.Module):
       precision=self.config.precision,
       init_std=self.config.init_std,
       use_bias=self.config.qkv_bias,
+      lora=self.config.lora,
       name=name,
     )
 

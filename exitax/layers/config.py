@@ -8,6 +8,7 @@ import enum
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from exitax.layers.lora import LoraConfig
 from exitax.layers.rotary import RopeConfig
 
 
@@ -46,6 +47,7 @@ class BlockConfig:
     init_std: standard deviation of the weights' normal initialisation.
     residual_init_std: the same for the two projections that write to the residual stream.
     precision: formats of the computation.
+    lora: adapters of the linear maps; None has none.
   """
 
   embed_dim: int
@@ -62,3 +64,4 @@ class BlockConfig:
   init_std: float = 0.02
   residual_init_std: float = 0.02
   precision: Precision = Precision.FLOAT32
+  lora: LoraConfig | None = None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from exitax.layers import platform
 from exitax.layers.config import Precision
 from exitax.layers.int8 import split_scale
+from exitax.layers.lora import A, B, LoraConfig, init_a
 from exitax.layers.parameter import parameter
 
 # Below so many rows a product is bound by reading its matrix, which must not be widened first.
@@ -99,6 +100,7 @@ class Linear(nn.Module):
     precision: formats of the product.
     init_std: standard deviation of the kernel at initialisation.
     use_bias: whether a bias over the output axes is added.
+    lora: adapters, if this map is among their targets; merged parameters have none.
   """
 
   features: Sequence[int]
@@ -107,6 +109,7 @@ class Linear(nn.Module):
   precision: Precision
   init_std: float
   use_bias: bool = False
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -121,7 +124,25 @@ class Linear(nn.Module):
     y = y.reshape(*leading, *self.features)
     if scale is not None:  # 8 bits: the scale of an output channel comes out of the sum.
       y = (y * scale.reshape(self.features)).astype(y.dtype)
+    if self._is_adapted():
+      y = y + self._adapter(x.reshape(*leading, math.prod(shape_in)), shape_in).reshape(y.shape)
     if self.use_bias:
       bias = parameter(self, 'bias', nn.initializers.zeros, shape=self.features, axes=self.axes_out)
       y = y + bias.astype(y.dtype)
     return y
+
+  def _is_adapted(self) -> bool:
+    if self.lora is None or self.name not in self.lora.targets:
+      return False
+    return self.is_initializing() or self.has_variable('params', A)
+
+  def _adapter(self, x: jax.Array, shape_in: Sequence[int]) -> jax.Array:
+    """What the adapter adds: `[..., features_in]` to `[..., features_out]`."""
+    assert self.lora is not None
+    rank = self.lora.rank
+    a = parameter(self, A, init_a, shape=(*shape_in, rank), axes=(*self.axes_in, 'lora'))
+    b = parameter(
+      self, B, nn.initializers.zeros, shape=(rank, *self.features), axes=('lora', *self.axes_out)
+    )
+    narrow = project(x, a.reshape(-1, rank), self.precision)
+    return self.lora.scale * project(narrow, b.reshape(rank, -1), self.precision)

@@ -60,6 +60,7 @@ class SwiGLU(nn.Module):
         axes_out=('mlp',),
         precision=cfg.precision,
         init_std=cfg.init_std,
+        lora=cfg.lora,
         name=name,
       )
 
@@ -69,6 +70,7 @@ class SwiGLU(nn.Module):
       axes_out=('embed',),
       precision=cfg.precision,
       init_std=cfg.residual_init_std,
+      lora=cfg.lora,
       name='down',
     )
     gate, up = apply_linears(self, x, (wide('gate'), wide('up')))

@@ -7,7 +7,7 @@ import enum
 from typing import Any
 
 from exitax.errors import UserError, choose
-from exitax.layers import BlockConfig, HeadKind, Precision, RopeConfig
+from exitax.layers import BlockConfig, HeadKind, LoraConfig, Precision, RopeConfig
 
 
 class ExitMatrix(enum.Enum):
@@ -70,6 +70,7 @@ class ModelConfig:
     init_std: standard deviation of initial weights.
     precision: formats of the computation; parameters are float32.
     remat: what the backward pass recomputes.
+    lora: adapters of the blocks' linear maps; None has none.
 
   Raises:
     UserError: a size that is not positive, heads that do not divide, an exit out of range,
@@ -95,6 +96,7 @@ class ModelConfig:
   init_std: float = 0.02
   precision: Precision = Precision.FLOAT32
   remat: Remat = Remat.NONE
+  lora: LoraConfig | None = None
 
   def __post_init__(self) -> None:
     for name in ('vocab_size', 'num_layers', 'embed_dim', 'num_heads', 'mlp_dim', 'max_length'):
@@ -161,7 +163,13 @@ class ModelConfig:
       # GPT-2's scaling: the stream's variance does not grow with the number of layers added to it.
       residual_init_std=self.init_std / (2 * self.num_layers) ** 0.5,
       precision=self.precision,
+      lora=self.lora,
     )
+
+  @property
+  def head_block(self) -> BlockConfig:
+    """The configuration that exit heads are made of: a block without adapters."""
+    return dataclasses.replace(self.block, lora=None)
 
   @property
   def depths(self) -> tuple[int, ...]:
@@ -188,7 +196,8 @@ class ModelConfig:
     try:
       rope = RopeConfig(**values.pop('rope'))
       exits = tuple(ExitConfig(**item) for item in values.pop('exits'))
-      return cls(rope=rope, exits=exits, **values)
+      lora = values.pop('lora', None)
+      return cls(rope=rope, exits=exits, lora=lora and LoraConfig(**lora), **values)
     except (KeyError, TypeError) as error:
       raise UserError(f'model configuration does not fit this version of exitax: {error}') from None
 

@@ -44,7 +44,8 @@ class ExitLM:
 
     embed/matrix              [vocab, embed]
     blocks/...                every leaf `[num_layers, ...]` (training) or, after `unstack`,
-                              a tuple of one tree per layer (decoding)
+                              a tuple of one tree per layer (decoding); with `LoraConfig`,
+                              `lora_a` and `lora_b` beside the kernels
     exits/<layer>/head/...    the exit's head, unless `HeadKind.EMBEDDING`
     exits/<layer>/matrix      [vocab, embed], for `ExitMatrix.OWN`
     shared_exit/matrix        [vocab, embed], if some exit is `ExitMatrix.SHARED`
@@ -197,7 +198,7 @@ class ExitLM:
     if exit_config is None:
       scale = params['norm']['scale']
       return rms_normalise(hidden, scale, self.config.norm_epsilon), None
-    head = ExitHead(self.config.block, exit_config.head)
+    head = ExitHead(self.config.head_block, exit_config.head)
     exit_params = params.get('exits', {}).get(str(exit_config.layer), {})
     variables = {'params': exit_params.get('head', {})}
     with jax.named_scope(f'exit_{exit_config.layer}'):
@@ -310,7 +311,7 @@ class ExitLM:
     cfg, keys = self.config, _KeyChain(key)
     params: Params = {}
     if exit_config.head is not HeadKind.EMBEDDING:
-      head = ExitHead(cfg.block, exit_config.head)
+      head = ExitHead(cfg.head_block, exit_config.head)
       params['head'] = head.init(keys('head'), *self._example())['params']
     if exit_config.matrix is ExitMatrix.OWN:
       matrix = VocabMatrix(cfg.vocab_size, cfg.embed_dim, cfg.init_std)

@@ -64,6 +64,7 @@ _STANDARD: Mapping[str, MeshAxes] = {
   # Parameters.
   'embed': (),
   'norm': (),  # Scales of a norm: too small to be worth gathering.
+  'lora': (),  # Rank of an adapter.
   'layers': (PIPELINE_AXIS,),
   'stage': (PIPELINE_AXIS,),
   'vocab_part': (PIPELINE_AXIS, TENSOR_AXIS),  # Of exits whose heads all stages share.

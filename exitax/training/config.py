@@ -71,8 +71,9 @@ class LoopConfig:
 class RunConfig:
   """A whole run: what is trained, on what, how, and where.
 
-  `pipeline` counts on meshes with more than one stage only. `trained` is 'all' or 'exits'; exits that
-  are tuned on a frozen model do not know of each other: their weights are 1 unless given.
+  `pipeline` counts on meshes with more than one stage only. `trained` is 'all', 'exits', 'lora' or
+  'lora_and_exits'. Where a model is frozen, exits without given weights count 1 each, or, beside the final layer,
+  as much as it together.
 
   Raises:
     UserError: parts that do not fit each other.
@@ -92,8 +93,12 @@ class RunConfig:
 
   def __post_init__(self) -> None:
     object.__setattr__(self, 'trained', choose(Trained, self.trained, name='RunConfig.trained'))
-    if self.trained is Trained.EXITS:
+    if self.trained is not Trained.ALL:
       self._check_tuning()
+    if self.trained is Trained.EXITS:
+      self._check_tuning_of_exits()
+    if self.trained is not Trained.ALL and not self.objective.exit_weights:
+      self._weigh_exits_evenly()
     self.objective.check(self.model.exits)
     if self.data.length > self.model.max_length:
       raise UserError(
@@ -107,10 +112,17 @@ class RunConfig:
       )
 
   def _check_tuning(self) -> None:
+    name = f'trained={self.trained.value!r}'
+    if not self.loop.initial_checkpoint:
+      raise UserError(f'{name} needs LoopConfig.initial_checkpoint, the model to freeze')
+    if self.trained in (Trained.LORA, Trained.LORA_AND_EXITS) and self.model.lora is None:
+      raise UserError(f'{name} and the model has no adapters: give ModelConfig.lora')
+
+  def _check_tuning_of_exits(self) -> None:
     if not self.model.exits:
       raise UserError("trained='exits' and the model has none: give ModelConfig.exits")
-    if not self.loop.initial_checkpoint:
-      raise UserError("trained='exits' needs LoopConfig.initial_checkpoint, the model to freeze")
+    if self.model.lora is not None:
+      raise UserError("trained='exits' freezes the adapters too: leave ModelConfig.lora alone")
     if self.dropout != DropoutConfig():
       raise UserError(
         "trained='exits' drops nothing in the frozen model: leave DropoutConfig alone"
@@ -120,6 +132,10 @@ class RunConfig:
       raise UserError(
         'these exits have no parameters of their own: choose another head, or the matrix own or shared'
       )
-    if not self.objective.exit_weights:
-      even = (ExitWeight(start=1.0),) * len(exits)
-      object.__setattr__(self, 'objective', dataclasses.replace(self.objective, exit_weights=even))
+
+  def _weigh_exits_evenly(self) -> None:
+    """Exits of a frozen model do not know of each other; beside the final layer they count as much as it, together."""
+    num_exits = len(self.model.exits)
+    start = 1.0 if self.trained is Trained.EXITS else 1.0 / max(num_exits, 1)
+    even = (ExitWeight(start=start),) * num_exits
+    object.__setattr__(self, 'objective', dataclasses.replace(self.objective, exit_weights=even))

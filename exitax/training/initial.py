@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from exitax.checkpoint import LoadedModel
 from exitax.errors import UserError
-from exitax.layers import HeadKind
+from exitax.layers import HeadKind, merge_lora
 from exitax.models import ExitConfig, ExitLM, ExitMatrix, Params
 from exitax.parallel import path_name
 from exitax.training.trained import Trained, join_trained, split_trained
@@ -30,6 +30,8 @@ def initial_params(
 ) -> Params:
   """`fresh` parameters with the backbone of another model, and the exits that both have.
 
+  Adapters start as they do in `fresh`: adding nothing.
+
   Args:
     model: the model to train.
     fresh: its parameters at random, in their shardings; they decide formats.
@@ -39,10 +41,13 @@ def initial_params(
   Raises:
     UserError: backbones of different shapes.
   """
+  # A source's own adapters become part of what is frozen.
+  merged = merge_lora(source.params, source.model.config.lora)
   if exits is InitialExits.COPY:
-    fresh = join_trained(copied_exits(model, fresh, source.params), fresh)
-  own, backbone = split_trained(fresh, Trained.EXITS)
-  of_source, source_backbone = split_trained(source.params, Trained.EXITS)
+    fresh = join_trained(copied_exits(model, fresh, merged), fresh)
+  adapters, rest = split_trained(fresh, Trained.LORA)
+  own, backbone = split_trained(rest, Trained.EXITS)
+  of_source, source_backbone = split_trained(merged, Trained.EXITS)
   _check_same(backbone, source_backbone, where=str(source.directory))
   backbone = jax.tree.map(_like, backbone, source_backbone)
   common = set(model.config.exits) & set(source.model.config.exits)
@@ -57,7 +62,7 @@ def initial_params(
     own = {**own, 'exits': {**own['exits'], **kept}}
   if 'shared_exit' in own and 'shared_exit' in of_source:
     own = {**own, 'shared_exit': jax.tree.map(_like, own['shared_exit'], of_source['shared_exit'])}
-  return join_trained(own, backbone)
+  return join_trained(adapters, join_trained(own, backbone))
 
 
 def copied_exits(model: ExitLM, fresh: Params, source: Params) -> Params:

@@ -96,7 +96,13 @@ def make_train_step(
 
     return jax.value_and_grad(loss_fn, has_aux=True)(own)
 
-  gradients = value_and_grad or autodiff
+  def of_trained(*arguments: Any) -> Any:
+    """The other way's gradient, which may be that of more than is trained."""
+    assert value_and_grad is not None
+    result, gradient = value_and_grad(*arguments)
+    return result, split_trained(gradient, trained)[0]
+
+  gradients = of_trained if value_and_grad else autodiff
 
   def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
     weights = objective.weights_at(state.step)

@@ -40,6 +40,7 @@ SMALL = (
 SMALL_TUNING = tuple(
   flag for flag in SMALL if not flag.startswith(('--gin.ModelConfig', '--gin.VOCAB_SIZE'))
 )
+LORA_COMMAND = """train --gin_file=gin/runs/lora.gin --gin.BACKBONE="'runs/quickstart'" """
 SMALL_EVALUATION = (
   '--gin.EvaluateConfig.rows=8',
   '--gin.EvaluateConfig.speed_prompts=1',
@@ -129,18 +130,19 @@ def serving(command: str, runs: Path, env: dict[str, str]) -> Iterator[str]:
 
 def _make_source(command: str, runs: Path) -> None:
   """The folder that a conversion reads, which another command of the same page writes."""
-  argv = placed(command, runs)
-  if argv[1] == 'from-hf' and not Path(argv[2]).exists():
-    run_command(f'convert to-hf runs/quickstart {argv[2]}', runs)
-  elif argv[1] == 'to-hf':
-    shutil.rmtree(argv[3], ignore_errors=True)
+  way, source, out = placed(command, runs)[1:4]
+  shutil.rmtree(out, ignore_errors=True)
+  if way == 'from-hf' and not Path(source).exists():
+    run_command(f'convert to-hf runs/quickstart {source}', runs)
+  elif way in ('to-peft', 'merge') and not Path(source).exists():
+    run_command(f'{LORA_COMMAND} --model_dir={source}', runs)
 
 
 def run_command(command: str, runs: Path) -> None:
   """Runs a documented command with directories below `runs` and small sizes."""
   argv = placed(command, runs)
-  if argv[0] in ('train',):
-    argv += SMALL
+  if argv[0] == 'train':
+    argv += SMALL_TUNING if 'BACKBONE' in command else SMALL
   elif argv[0] == 'tune-exits':
     argv += SMALL_TUNING
   elif argv[0] == 'evaluate':

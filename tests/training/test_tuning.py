@@ -17,7 +17,7 @@ from exitax import models, objectives, parallel, training
 from exitax.checkpoint import LoadedModel
 from exitax.data import ByteTokenizer
 from exitax.errors import UserError
-from exitax.layers import HeadKind, Precision
+from exitax.layers import LORA_LEAVES, HeadKind, LoraConfig, Precision, merge_lora
 from exitax.models import ExitConfig, ExitLM, ExitMatrix
 from exitax.training import InitialExits, PipelineConfig, PipelinedTuning, Trained
 from tests.training.packed_batch import LENGTH, make_batch
@@ -356,3 +356,87 @@ def _data():
   from exitax.data import ByteVocabulary, DataConfig
 
   return DataConfig(vocabulary=ByteVocabulary(), length=LENGTH, batch_size=8)
+
+
+def _lora_config(*, precision: Precision = Precision.FLOAT32) -> models.ModelConfig:
+  return dataclasses.replace(_config(precision=precision), lora=LoraConfig(rank=2, alpha=3.0))
+
+
+@pytest.mark.parametrize('trained', [Trained.LORA, Trained.LORA_AND_EXITS])
+def test_adapters_are_trained_by_their_exact_gradient_and_nothing_else(trained: Trained) -> None:
+  model = ExitLM(_lora_config())
+  params = jax.tree.map(jnp.asarray, _random_params(model))
+  own, _ = training.split_trained(params, trained)
+  names = {path[-1].key for path, _ in jax.tree.leaves_with_path(own)}
+  assert set(LORA_LEAVES) <= names
+  assert ('matrix' in names) == (trained is Trained.LORA_AND_EXITS)
+  step = training.make_train_step(
+    model, OPTIMIZER, objective=OBJECTIVE, schedule=lambda _: 0.1, trained=trained
+  )
+  state = training.TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(own))
+  after, _ = jax.jit(step)(state, make_batch())
+
+  def loss(params):
+    weights = OBJECTIVE.weights_at(0)
+    return objectives.exit_objective(model, params, make_batch(), weights, config=OBJECTIVE)[0]
+
+  gradient = jax.jit(jax.grad(loss))(params)
+  tokens = float(make_batch().weights.sum())
+  for path, leaf in jax.tree.leaves_with_path(params):
+    new, slope = after.params, gradient
+    for key in path:
+      new, slope = new[key.key], slope[key.key]
+    changes = path[-1].key in LORA_LEAVES or (
+      trained.exits and path[0].key in ('exits', 'shared_exit')
+    )
+    if changes:
+      np.testing.assert_allclose(leaf - 0.1 * slope / tokens, new, atol=1e-6, err_msg=str(path))
+      assert not np.array_equal(leaf, new), path
+    else:
+      assert np.array_equal(leaf, new), path
+
+
+def test_adapters_over_a_pipeline() -> None:
+  model, rules = ExitLM(_lora_config()), parallel.ShardingRules()
+  mesh = parallel.make_mesh(parallel.MeshConfig(data=2, pipeline=2, tensor=2))
+  pipelined = training.PipelinedObjective(
+    model, mesh, rules, objective=OBJECTIVE, pipeline=PipelineConfig(num_microbatches=2)
+  )
+  params = _random_params(model)
+
+  def loss(params):
+    weights = OBJECTIVE.weights_at(0)
+    return objectives.exit_objective(model, params, make_batch(), weights, config=OBJECTIVE)[0]
+
+  wanted = jax.jit(jax.grad(loss))(params)
+  with parallel.use(mesh, rules):
+    shardings = parallel.tree_shardings(model.abstract_params(), model.logical_axes(), mesh, rules)
+    _, found = jax.jit(pipelined.value_and_grad, compiler_options=QUICK)(
+      jax.device_put(params, shardings),
+      parallel.shard_batch(make_batch(), mesh, rules),
+      OBJECTIVE.weights_at(0),
+    )
+  for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(
+      np.asarray(a), b, atol=1e-5 * np.abs(b).max(), rtol=0, err_msg=str(path)
+    )
+
+
+def test_adapters_start_on_a_frozen_model_and_are_merged_when_gone_on_from() -> None:
+  old = ExitLM(_config(exits=()))
+  source = LoadedModel(
+    model=old, params=_random_params(old), tokenizer=ByteTokenizer(), step=0, directory=Path('x')
+  )
+  model = ExitLM(_lora_config())
+  fresh = model.init(jax.random.key(1))
+  started = training.initial_params(model, fresh, source, InitialExits.COPY)
+  assert jax.tree.structure(started) == jax.tree.structure(fresh)
+  query = started['blocks']['attention']['query']
+  assert np.array_equal(query['kernel'], source.params['blocks']['attention']['query']['kernel'])
+  assert np.array_equal(query['lora_a'], fresh['blocks']['attention']['query']['lora_a'])
+  adapted = dataclasses.replace(source, model=model, params=_random_params(model))
+  again = training.initial_params(model, fresh, adapted, InitialExits.COPY)
+  merged = merge_lora(adapted.params, model.config.lora)
+  assert np.array_equal(
+    again['blocks']['mlp']['up']['kernel'], merged['blocks']['mlp']['up']['kernel']
+  )
