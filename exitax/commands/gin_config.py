@@ -41,6 +41,7 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   RopeConfig,
   LoraConfig,
   objectives.ObjectiveConfig,
+  objectives.ExitCurriculum,
   objectives.ExitWeight,
   data.DataConfig,
   data.SplitConfig,

@@ -1,6 +1,6 @@
 """Losses: exit cross-entropy, exit weighting, schedules."""
 
-from exitax.objectives.cross_entropy import ExitSums, exit_cross_entropy
+from exitax.objectives.cross_entropy import ExitSums, Teacher, exit_cross_entropy
 from exitax.objectives.exit_objective import (
   LossSums,
   ObjectiveConfig,
@@ -8,7 +8,7 @@ from exitax.objectives.exit_objective import (
   exit_objective,
   exits_by_matrix,
 )
-from exitax.objectives.schedules import ExitWeight, WeightCurve
+from exitax.objectives.schedules import CurriculumKind, ExitCurriculum, ExitWeight, WeightCurve
 from exitax.objectives.scores import ExitScore, ScoreFn, add_sums, exit_scores, make_score_fn
 from exitax.objectives.span_objective import (
   Microbatch,
@@ -19,6 +19,8 @@ from exitax.objectives.span_objective import (
 )
 
 __all__ = [
+  'CurriculumKind',
+  'ExitCurriculum',
   'ExitScore',
   'ExitSums',
   'ExitWeight',
@@ -29,6 +31,7 @@ __all__ = [
   'ScoreFn',
   'SharedParams',
   'SpanObjective',
+  'Teacher',
   'VocabPlacement',
   'WeightCurve',
   'add_sums',

@@ -34,6 +34,23 @@ class ExitSums:
   correct: jax.Array
 
 
+@struct.dataclass
+class Teacher:
+  """The final layer, as exits learn from it: not differentiated.
+
+  An exit's target is then `(1 - share) * onehot(target) + share * softmax(teacher's scores)`.
+
+  Attributes:
+    features: `[batch, length, embed]`, what the final head's matrix reads.
+    matrix: `[vocab, embed]`, that matrix.
+    shares: f32 `[exits]`; 0 for exits that learn from the text alone, the final head among them.
+  """
+
+  features: jax.Array
+  matrix: jax.Array
+  shares: jax.Array
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def exit_cross_entropy(
   features: jax.Array,
@@ -45,8 +62,12 @@ def exit_cross_entropy(
   chunk_length: int,
   precision: Precision,
   vocab_axis: str | None = None,
+  teacher: Teacher | None = None,
 ) -> tuple[jax.Array, ExitSums]:
   """Weighted sum of the exits' losses: sum_e w_e sum_t u_t (nll + z_loss * log_z^2).
+
+  With a teacher `nll` in the loss is the cross-entropy with its mixture of distributions; the sums are about
+  the targets still. Each exit then costs a fourth product, the teacher's scores.
 
   Differentiable in `features` and `matrix`; the sums in the second result are not.
 
@@ -62,6 +83,7 @@ def exit_cross_entropy(
     vocab_axis: a manual mesh axis (`jax.shard_map`) along which each device holds a part of the
       vocabulary, in order. Loss and sums are then those of the whole vocabulary, equal on every
       device; the gradients are each device's part, and add up over the axis.
+    teacher: what exits learn from beside the targets; not with `vocab_axis`.
 
   Returns:
     The loss, a scalar in at least float32, and the sums of each exit.
@@ -76,6 +98,7 @@ def exit_cross_entropy(
     chunk_length,
     precision,
     vocab_axis,
+    teacher,
     None,
   )
   return loss, sums
@@ -91,6 +114,7 @@ def _forward(
   chunk_length: int,
   precision: Precision,
   vocab_axis: str | None,
+  teacher: Teacher | None,
 ) -> Any:
   zeros = jnp.zeros(matrix.shape, _wide(precision))
   loss, sums, gradients = _scan_chunks(
@@ -103,6 +127,7 @@ def _forward(
     chunk_length,
     precision,
     vocab_axis,
+    teacher,
     zeros,
   )
   d_features, d_matrix = gradients
@@ -120,7 +145,7 @@ def _backward(
   del z_loss, chunk_length, precision, vocab_axis
   scale = cotangent[0]
   d_features, d_matrix = (g * scale.astype(g.dtype) for g in gradients)
-  return d_features, d_matrix, None, None, None
+  return d_features, d_matrix, None, None, None, None
 
 
 exit_cross_entropy.defvjp(_forward, _backward)
@@ -136,6 +161,7 @@ def _scan_chunks(
   chunk_length: int,
   precision: Precision,
   vocab_axis: str | None,
+  teacher: Teacher | None,
   d_matrix: jax.Array | None,
 ) -> tuple[jax.Array, ExitSums, Any]:
   """Loss and sums; with an accumulator `d_matrix`, the gradients as well."""
@@ -145,6 +171,7 @@ def _scan_chunks(
   wide = _wide(precision)
   operand = matrix.astype(precision.dtype)
   whole = _Vocabulary(vocab_axis, matrix.shape[0])
+  taught = _taught(teacher, (num_chunks, chunk), precision)
 
   def split(
     x: jax.Array,
@@ -155,7 +182,7 @@ def _scan_chunks(
 
   def step(carry: Any, inputs: Any) -> Any:
     loss, d_matrix = carry
-    x, target, token_weight, exit_weight = inputs
+    x, target, token_weight, exit_weight, number = inputs
     if platform.merges_axes(precision.dtype):
       x, target, token_weight = x.reshape(-1, embed), target.reshape(-1), token_weight.reshape(-1)
     x, last = x.astype(precision.dtype), x.ndim - 1
@@ -179,11 +206,19 @@ def _scan_chunks(
       correct=jnp.sum(token_weight * (target_logit >= top)),
     )
     loss += exit_weight * (sums.nll + z_loss * sums.log_z_squared)
+    share, probabilities = taught(number, logits.shape)
+    if probabilities is not None:
+      # Cross-entropy with the teacher in place of a share of that with the target.
+      expected = target_logit - jnp.sum(probabilities * logits, axis=-1)
+      loss += exit_weight * share * jnp.sum(token_weight * expected)
     d_x = None
     if d_matrix is not None:
       scale = (exit_weight * token_weight).astype(wide)
       of_softmax = scale * (1 + 2 * z_loss * log_z) / partition
-      d_logits = of_softmax[..., None] * exponentials - jnp.where(is_target, scale[..., None], 0.0)
+      of_target = jnp.where(is_target, (1 - share) * scale[..., None], 0.0)
+      if probabilities is not None:
+        of_target += share * scale[..., None] * probabilities
+      d_logits = of_softmax[..., None] * exponentials - of_target
       d_logits = d_logits.astype(precision.dtype)
       d_x = contract(d_logits, operand, ((last,), (0,))).astype(features.dtype)
       d_matrix += contract(d_logits, x, (tuple(range(last)), tuple(range(last))))
@@ -196,12 +231,39 @@ def _scan_chunks(
     split(targets),
     split(token_weights),
     jnp.repeat(exit_weights, num_chunks),
+    jnp.arange(num_exits * num_chunks),
   )
   (loss, d_matrix), (sums, d_x) = jax.lax.scan(step, (jnp.zeros((), wide), d_matrix), inputs)
   sums = jax.tree.map(lambda x: x.reshape(num_exits, num_chunks).sum(axis=1), sums)
   if d_x is not None:
     d_x = d_x.reshape(chunks.shape).swapaxes(1, 2).reshape(features.shape)
   return loss, sums, (d_x, d_matrix)
+
+
+def _taught(teacher: Teacher | None, chunks: tuple[int, int], precision: Precision) -> Any:
+  """A function of the number of an (exit, chunk) pair to the teacher's share and probabilities there.
+
+  `chunks` are their number and their length. Nothing is computed for exits without a share.
+  """
+  if teacher is None:
+    return lambda number, shape: (0.0, None)
+  num_chunks, chunk = chunks
+  batch, _, embed = teacher.features.shape
+  features = jnp.asarray(teacher.features).reshape(batch, num_chunks, chunk, embed).swapaxes(0, 1)
+  operand, shares = teacher.matrix.astype(precision.dtype), jnp.asarray(teacher.shares)
+  wide = _wide(precision)
+
+  def at(number: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    share = shares[number // num_chunks].astype(wide)
+
+    def probabilities() -> jax.Array:
+      x = jax.lax.dynamic_index_in_dim(features, number % num_chunks, 0, keepdims=False)
+      x = x.astype(precision.dtype)
+      return jax.nn.softmax(contract(x, operand, ((2,), (1,))), axis=-1).reshape(shape)
+
+    return share, jax.lax.cond(share > 0, probabilities, lambda: jnp.zeros(shape, wide))
+
+  return at
 
 
 class _Vocabulary:

@@ -12,8 +12,8 @@ from flax import struct
 
 from exitax.errors import UserError
 from exitax.models import Dropout, ExitConfig, ExitLM, Params, features_at_exits
-from exitax.objectives.cross_entropy import ExitSums, exit_cross_entropy
-from exitax.objectives.schedules import ExitWeight
+from exitax.objectives.cross_entropy import ExitSums, Teacher, exit_cross_entropy
+from exitax.objectives.schedules import ExitCurriculum, ExitWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,16 +22,23 @@ class ObjectiveConfig:
 
   Attributes:
     exit_weights: one weight schedule per exit, shallow to deep; the final layer's weight is 1.
+    curriculum: which exits count at which step.
+    distillation: share of the final layer's distribution in the exits' targets (self-distillation): 0
+      learns from the text alone, 1 from the final layer alone, which learns from the text.
     z_loss: weight of the squared log-partition function, for every exit and the final head.
     chunk_length: positions of each sequence whose logits live at once.
   """
 
   exit_weights: tuple[ExitWeight, ...] = ()
+  curriculum: ExitCurriculum = ExitCurriculum()
+  distillation: float = 0.0
   z_loss: float = 0.0
   chunk_length: int = 128
 
   def __post_init__(self) -> None:
     object.__setattr__(self, 'exit_weights', tuple(self.exit_weights))
+    if not 0 <= self.distillation <= 1:
+      raise UserError(f'distillation={self.distillation} is outside [0, 1]: it is a share')
     if self.z_loss < 0:
       raise UserError(f'z_loss={self.z_loss} is negative: choose 0 or more')
     if self.chunk_length < 1:
@@ -48,7 +55,8 @@ class ObjectiveConfig:
   def weights_at(self, step: jax.Array | int) -> jax.Array:
     """Weights of all exits and, last, of the final layer: f32 `[exits + 1]`."""
     weights = [weight.at(step) for weight in self.exit_weights]
-    return jnp.stack([*weights, jnp.ones((), jnp.float32)])
+    weights = jnp.stack([*weights, jnp.ones((), jnp.float32)])
+    return weights * self.curriculum.at(step, num_exits=len(self.exit_weights))
 
 
 @struct.dataclass
@@ -152,6 +160,8 @@ def losses_of_exits(
       config.z_loss,
       config.chunk_length,
       model.config.precision,
+      None,
+      _teacher(model, params, features, group, share=config.distillation),
     )
     group_loss, group_sums = result
     loss += group_loss
@@ -161,6 +171,26 @@ def losses_of_exits(
   none = ExitSums(nll=zero, log_z_squared=zero, correct=zero)
   every = [sums.get(i, none) for i in range(len(heads))]
   return loss, jax.tree.map(lambda *xs: jnp.stack(xs), *every)
+
+
+def _teacher(
+  model: ExitLM,
+  params: Params,
+  features: Mapping[int, jax.Array],
+  group: tuple[int, ...],
+  *,
+  share: float,
+) -> Teacher | None:
+  """The final layer as the early exits of a group learn from it."""
+  final = len(model.config.exits)
+  early = [i != final for i in group]
+  if not share or not any(early):
+    return None
+  return Teacher(
+    features=jax.lax.stop_gradient(features[final]),
+    matrix=jax.lax.stop_gradient(model.vocab_matrix(params, None)),
+    shares=share * jnp.asarray(early, jnp.float32),
+  )
 
 
 def exits_by_matrix(model: ExitLM, exits: Iterable[int]) -> list[tuple[int, ...]]:

@@ -56,3 +56,51 @@ class ExitWeight:
     if self.curve is WeightCurve.COSINE:
       progress = 0.5 * (1 - jnp.cos(jnp.pi * progress))
     return self.start + (self.end - self.start) * progress
+
+
+class CurriculumKind(enum.Enum):
+  """Which exits' losses count at which step (LayerSkip, arXiv 2404.16710, section 4.1.2)."""
+
+  NONE = 'none'  # All, always.
+  ROTATIONAL = 'rotational'  # Every R-th exit, another one at each step.
+  GRADUAL = 'gradual'  # The deepest first, then one more each time, all from half of the run on.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitCurriculum:
+  """LayerSkip's curricula, over the exits that a model has in place of all of its layers.
+
+  Worked miniature, exits 0, 1, 2: ROTATIONAL with period 2 counts 0 and 2 at even steps, 1 at odd ones;
+  GRADUAL over 12 steps counts 2 from step 0, 1 from step 2, 0 from step 4 on.
+
+  Attributes:
+    kind: which.
+    period: ROTATIONAL: R, every exit counts once in so many steps.
+    steps: GRADUAL: of the run; exit i of E begins to count at step `(E - 1 - i) * steps / (2 E)`.
+
+  Raises:
+    UserError: a curriculum without its number.
+  """
+
+  kind: CurriculumKind = CurriculumKind.NONE
+  period: int = 2
+  steps: int = 0
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, 'kind', choose(CurriculumKind, self.kind, name='ExitCurriculum.kind'))
+    if self.kind is CurriculumKind.ROTATIONAL and self.period < 1:
+      raise UserError(f'ExitCurriculum.period={self.period} must be at least 1')
+    if self.kind is CurriculumKind.GRADUAL and self.steps < 1:
+      raise UserError(f'a gradual ExitCurriculum needs steps >= 1, got {self.steps}')
+
+  def at(self, step: jax.Array | int, *, num_exits: int) -> jax.Array:
+    """1 for what counts at `step` (i32 scalar), else 0; the final layer always: f32 `[exits + 1]`."""
+    exits = jnp.arange(num_exits)
+    match self.kind:
+      case CurriculumKind.NONE:
+        counts = jnp.ones((num_exits,), bool)
+      case CurriculumKind.ROTATIONAL:
+        counts = (exits + step) % self.period == 0
+      case CurriculumKind.GRADUAL:
+        counts = 2 * num_exits * step >= (num_exits - 1 - exits) * self.steps
+    return jnp.concatenate([counts, jnp.ones((1,), bool)]).astype(jnp.float32)

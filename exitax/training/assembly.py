@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from exitax.data import Batch
+from exitax.errors import UserError
 from exitax.models import ExitLM, Remat
 from exitax.parallel import PIPELINE_AXIS, check_batch_size, count_flops, logical_to_spec
 from exitax.training.config import RunConfig
@@ -79,6 +80,11 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
   optimizer = make_optimizer(config.optimizer, schedule)
   pipelined = None
   if mesh.shape[PIPELINE_AXIS] > 1:
+    if config.objective.distillation:
+      raise UserError(
+        f'distillation={config.objective.distillation} needs the final scores where the exits are: set '
+        f'MeshConfig.pipeline=1 (it is {mesh.shape[PIPELINE_AXIS]})'
+      )
     kind = PipelinedTuning if config.trained is Trained.EXITS else PipelinedObjective
     pipelined = kind(
       model, mesh, config.sharding, objective=config.objective, pipeline=config.pipeline

@@ -127,6 +127,10 @@ class RunConfig:
       raise UserError(
         "trained='exits' drops nothing in the frozen model: leave DropoutConfig alone"
       )
+    if self.objective.distillation:
+      raise UserError(
+        "trained='exits' runs no final layer to learn from: set distillation=0, or train more"
+      )
     exits = self.model.exits
     if all(kind.head is HeadKind.EMBEDDING and kind.matrix in _READ for kind in exits):
       raise UserError(

@@ -173,3 +173,58 @@ def test_logits_of_a_slice_alone_are_alive(chunk_length):
     shape for shape in _all_shapes(program.jaxpr) if VOCAB in shape and shape != (VOCAB, EMBED)
   ]
   assert max(map(math.prod, with_vocabulary)) == BATCH * chunk_length * VOCAB
+
+
+def _taught(arrays, shares):
+  rng = np.random.default_rng(5)
+  return objectives.Teacher(
+    features=rng.normal(size=(BATCH, LENGTH, EMBED)),
+    matrix=rng.normal(size=(VOCAB, EMBED)),
+    shares=np.asarray(shares),
+  )
+
+
+def _plain_taught(arrays, z_loss, teacher):
+  """Cross-entropy with the mixture of target and teacher, all logits at once."""
+  logits = jnp.einsum('ebld,vd->eblv', arrays['features'], arrays['matrix'])
+  of_teacher = jax.nn.softmax(jnp.einsum('bld,vd->blv', teacher.features, teacher.matrix))
+  share = teacher.shares[:, None, None, None]
+  target = (1 - share) * jax.nn.one_hot(arrays['targets'], VOCAB) + share * of_teacher
+  losses = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+  losses += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+  total = jnp.sum(arrays['token_weights'] * losses, axis=(1, 2))
+  return jnp.sum(arrays['exit_weights'] * total), None
+
+
+@pytest.mark.parametrize('merges', [True, False])
+@pytest.mark.parametrize('chunk_length', [1, 4, 12])
+def test_exits_learn_from_a_teacher(x64, monkeypatch, chunk_length, merges):
+  monkeypatch.setattr(platform, 'merges_axes', lambda dtype: merges)
+  arrays = {**_arrays(), 'exit_weights': np.asarray([0.25, 0.5, 1.0])}
+  teacher = _taught(arrays, [0.3, 1.0, 0.0])
+  names = ('features', 'matrix', 'targets', 'token_weights', 'exit_weights')
+
+  def sliced(a):
+    return objectives.exit_cross_entropy(
+      *(a[name] for name in names), 0.1, chunk_length, Precision.FLOAT64, None, teacher
+    )
+
+  (loss, sums), grads = _gradients(sliced, arrays)
+  (wanted_loss, _), wanted = _gradients(lambda a: _plain_taught(a, 0.1, teacher), arrays)
+  np.testing.assert_allclose(loss, wanted_loss, rtol=1e-12)
+  for found, leaf in zip(grads, wanted, strict=True):
+    np.testing.assert_allclose(found, leaf, rtol=1e-10, atol=1e-12)
+  # What is reported is about the text.
+  plain = _sliced(arrays, 0.1, chunk_length)[1]
+  np.testing.assert_allclose(sums.nll, plain.nll, rtol=1e-12)
+
+
+def test_a_teacher_without_a_share_changes_nothing(x64):
+  arrays = _arrays()
+  names = ('features', 'matrix', 'targets', 'token_weights', 'exit_weights')
+  teacher = _taught(arrays, [0.0, 0.0, 0.0])
+  taught = objectives.exit_cross_entropy(
+    *(arrays[name] for name in names), 0.1, 4, Precision.FLOAT64, None, teacher
+  )
+  plain = _sliced(arrays, 0.1, 4)
+  np.testing.assert_allclose(taught[0], plain[0], rtol=1e-13)

@@ -76,3 +76,55 @@ def test_one_weight_per_exit():
   config.check((ExitConfig(layer=1),))
   with pytest.raises(UserError, match=r'^1 exit weights for 2 exits: give ObjectiveConfig'):
     config.check((ExitConfig(layer=1), ExitConfig(layer=2)))
+
+
+def test_the_rotational_curriculum_counts_every_exit_once_in_a_period():
+  curriculum = objectives.ExitCurriculum(kind='rotational', period=3)
+  found = np.stack([curriculum.at(step, num_exits=5) for step in range(6)])
+  assert found[:, -1].tolist() == [1.0] * 6  # The final layer always counts.
+  assert found[0].tolist() == [1, 0, 0, 1, 0, 1]
+  assert found[1].tolist() == [0, 0, 1, 0, 0, 1]
+  assert np.array_equal(found[:3, :-1].sum(axis=0), np.ones(5))
+  assert np.array_equal(found[:3], found[3:])
+
+
+def test_the_gradual_curriculum_begins_with_the_deepest_exit():
+  curriculum = objectives.ExitCurriculum(kind='gradual', steps=12)
+  found = {step: curriculum.at(step, num_exits=3).tolist() for step in (0, 1, 2, 3, 4, 6, 11)}
+  assert found == {
+    0: [0, 0, 1, 1],
+    1: [0, 0, 1, 1],
+    2: [0, 1, 1, 1],
+    3: [0, 1, 1, 1],
+    4: [1, 1, 1, 1],
+    6: [1, 1, 1, 1],
+    11: [1, 1, 1, 1],
+  }
+
+
+def test_curricula_weigh_exits():
+  objective = objectives.ObjectiveConfig(
+    exit_weights=tuple(objectives.ExitWeight(start=w) for w in (0.25, 0.5)),
+    curriculum=objectives.ExitCurriculum(kind='rotational', period=2),
+  )
+  assert objective.weights_at(0).tolist() == [0.25, 0.0, 1.0]
+  assert objective.weights_at(jnp.int32(1)).tolist() == [0.0, 0.5, 1.0]
+  assert objectives.ObjectiveConfig().weights_at(7).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'kind': 'rotating'}, "ExitCurriculum.kind='rotating' is not known"),
+    ({'kind': 'rotational', 'period': 0}, r'period=0 must be at least 1'),
+    ({'kind': 'gradual'}, 'gradual ExitCurriculum needs steps'),
+  ],
+)
+def test_curricula_that_make_no_sense(arguments, message):
+  with pytest.raises(UserError, match=message):
+    objectives.ExitCurriculum(**arguments)
+
+
+def test_distillation_is_a_share():
+  with pytest.raises(UserError, match=r'distillation=1\.5 is outside'):
+    objectives.ObjectiveConfig(distillation=1.5)
