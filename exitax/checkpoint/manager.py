@@ -23,7 +23,7 @@ from exitax.checkpoint.config import CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
 from exitax.checkpoint.folders import StepFolders, WriterLock
 from exitax.checkpoint.reading import CheckpointInfo, Restored
-from exitax.checkpoint.store import save_arrays
+from exitax.checkpoint.store import Copies, save_arrays
 
 _logger = logging.getLogger('exitax.checkpoint')
 _DEFAULT_CONFIG = CheckpointConfig()
@@ -100,7 +100,7 @@ class CheckpointManager:
     """
     encoded_extras = json.dumps(dict(extras or {}), sort_keys=True).encode()
     self.wait()
-    self._start(step, tree.named_leaves(state), encoded_extras, None)
+    self._start(step, tree.named_leaves(state), encoded_extras, None, Copies.LEAF)
     self.wait()
 
   def _start(
@@ -109,6 +109,7 @@ class CheckpointManager:
     saveable: Mapping[str, Any],
     encoded_extras: bytes,
     metrics: Mapping[str, float] | None,
+    copies: Copies = Copies.WHOLE,
   ) -> None:
     plan = commit.CommitPlan(
       folder=self._folders.path(step),
@@ -120,7 +121,9 @@ class CheckpointManager:
     lock = self._begin(step)
     try:
       self._write_extras(plan.folder, encoded=encoded_extras)
-      finish_arrays = save_arrays(plan.folder / commit.ARRAYS_FOLDER, leaves=saveable)
+      finish_arrays = save_arrays(
+        plan.folder / commit.ARRAYS_FOLDER, leaves=saveable, copies=copies
+      )
     except BaseException as error:
       if lock:
         lock.abandon()

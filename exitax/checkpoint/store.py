@@ -6,6 +6,7 @@ the parameters neither reads nor hashes the optimizer's state.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ _SUFFIX = '.tree'
 _DATA_FILE_BYTES = 128 << 20
 
 
-def save_arrays(folder: Path, *, leaves: Mapping[str, Any]) -> Callable[[], None]:
+class Copies(enum.Enum):
+  """What may be copied on the host while a state is written."""
+
+  WHOLE = 'whole'  # All of it: nothing waits for anything.
+  LEAF = 'leaf'  # As much as the largest leaf at a time: for states that fill the memory.
+
+
+def save_arrays(
+  folder: Path, *, leaves: Mapping[str, Any], copies: Copies = Copies.WHOLE
+) -> Callable[[], None]:
   """Starts writing leaves (by path) below `folder`, which must not exist, and returns at once.
 
   Accelerator arrays have been copied to the host when this returns. All processes call it.
@@ -36,7 +46,12 @@ def save_arrays(folder: Path, *, leaves: Mapping[str, Any]) -> Callable[[], None
   trees = {name: nest(members) for name, members in _by_group(solid).items()}
   if not trees:
     return lambda: None
-  with _context():
+  context = _context()
+  if copies is Copies.LEAF:
+    # Orbax wants more than it is going to ask for.
+    context.memory.write_concurrent_bytes = 1 + max(leaf.nbytes for leaf in solid.values())
+    context.memory.deepcopy_host_arrays = False
+  with context:
     response = ocp.save_checkpointables_async(str(folder), trees)
   return response.result
 

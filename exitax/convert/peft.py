@@ -17,7 +17,7 @@ import numpy as np
 from exitax.checkpoint import LoadedModel
 from exitax.convert.folder import read_json_object
 from exitax.convert.new_folder import new_folder
-from exitax.convert.reading import copy_blocked
+from exitax.convert.reading import copy_tensor
 from exitax.convert.safetensors_file import DTYPES, TensorEntry, dtype_name, read_header, write_file
 from exitax.convert.tensors import LINEARS, TensorPlace, adapter_places
 from exitax.errors import UserError
@@ -143,7 +143,7 @@ def _stacked(group: tuple[TensorPlace, ...], tensors: Mapping[str, TensorEntry])
   kept = dtype if dtype == np.dtype(jnp.bfloat16) else np.dtype(np.float32)
   leaf = np.empty((len(group), *group[0].leaf_shape), kept)
   for row, place in zip(leaf, group, strict=True):
-    copy_blocked(row, place.from_torch(tensors[place.name].read()))
+    copy_tensor(row, place, tensors[place.name])
   return leaf
 
 

@@ -26,8 +26,10 @@ _COMPUTED = ('rotary_emb.inv_freq',)
 _TIED_HEAD = 'lm_head.weight'
 # Names in one message; the rest are counted.
 _MAX_NAMED = 4
-# Columns of a transposed copy that go together: their lines stay in the caches.
-_BLOCK = 256
+# Rows and columns of a matrix that are transposed together: they stay in the caches.
+_ROWS, _COLUMNS = 512, 256
+# Behind each row of a block: rows a power of two apart would share few lines of a cache.
+_PADDING = 40
 # XLA on the CPU takes memory as it is if it begins at a multiple of this.
 _ALIGNMENT = 64
 
@@ -112,13 +114,33 @@ def kept_dtype(names: set[str]) -> np.dtype:
   return np.dtype(jnp.bfloat16) if names == {'BF16'} else np.dtype(np.float32)
 
 
-def copy_blocked(target: np.ndarray, source: np.ndarray) -> None:
-  """`target[...] = source`, a block of the last axis at a time: transposed views come fast."""
-  if source.flags.c_contiguous or source.ndim < 2:
-    target[...] = source
-    return
-  for start in range(0, source.shape[-1], _BLOCK):
-    target[..., start : start + _BLOCK] = source[..., start : start + _BLOCK]
+def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
+  """`target[...] = source.T` of matrices, block by block: several times as fast as in one go."""
+  block = np.empty((_ROWS, _COLUMNS + _PADDING), source.dtype)
+  for row in range(0, source.shape[0], _ROWS):
+    for column in range(0, source.shape[1], _COLUMNS):
+      part = source[row : row + _ROWS, column : column + _COLUMNS]
+      rows, columns = part.shape
+      block[:rows, :columns] = part
+      target[column : column + columns, row : row + rows] = block[:rows, :columns].T
+
+
+def copy_tensor(
+  target: np.ndarray, place: TensorPlace, entry: TensorEntry, part: tuple[slice, ...] = ()
+) -> None:
+  """A tensor, or a part of it, into the leaf (or its row) that it is.
+
+  Args:
+    target: of the part's shape, contiguous.
+    place: of the tensor.
+    entry: where its bytes are.
+    part: slices of the leaf's axes; none takes it whole.
+  """
+  tensor = entry.read()
+  if place.num_in and target.shape == place.leaf_shape:
+    copy_transposed(target.reshape(tensor.shape[::-1]), tensor)
+  else:
+    target[...] = place.from_torch(tensor)[part]
 
 
 def _read_shard(
@@ -141,7 +163,7 @@ def _read_shard(
 
   def fill(job: tuple[TensorPlace, np.ndarray, tuple[slice, ...]]) -> None:
     place, target, part = job
-    copy_blocked(target, place.from_torch(tensors[place.name].read())[part])
+    copy_tensor(target, place, tensors[place.name], part)
     report(target.nbytes)
 
   # A whole leaf is cut into rows, so that all cores copy.
