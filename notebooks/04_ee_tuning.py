@@ -29,7 +29,14 @@ from IPython.display import Image
 
 from exitax.checkpoint import load_model
 from exitax.convert import from_huggingface, open_source, to_huggingface
-from exitax.data import BpeVocabulary, DataConfig, PythonLibrarySource, SavedVocabulary, Task, build_data
+from exitax.data import (
+  BpeVocabulary,
+  DataConfig,
+  PythonLibrarySource,
+  SavedVocabulary,
+  Task,
+  build_data,
+)
 from exitax.evaluate import EvaluateConfig, evaluate
 from exitax.evaluate.picture import draw_report, to_png
 from exitax.models import ExitConfig, ModelConfig
@@ -52,7 +59,13 @@ text = Task('some_modules', PythonLibrarySource(max_files=60))
 if huggingface_folder is None:
   run = RunConfig(
     model=ModelConfig(
-      vocab_size=512, num_layers=6, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=176, max_length=256
+      vocab_size=512,
+      num_layers=6,
+      embed_dim=64,
+      num_heads=4,
+      num_kv_heads=2,
+      mlp_dim=176,
+      max_length=256,
     ),
     data=DataConfig(mixture=text, vocabulary=BpeVocabulary(512), length=64, batch_size=16),
     optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=20),
@@ -72,7 +85,9 @@ print(*sorted(path.name for path in Path(huggingface_folder).iterdir()), sep='\n
 source = open_source(huggingface_folder, max_length=256)
 from_huggingface(source, work / 'backbone', mesh=mesh, rules=rules)
 backbone = load_model(work / 'backbone', mesh=mesh, rules=rules)
-print(f'{source.config.num_layers} layers of width {source.config.embed_dim}, no exits, {source.num_bytes / 1e6:.1f} MB')
+print(
+  f'{source.config.num_layers} layers of width {source.config.embed_dim}, no exits, {source.num_bytes / 1e6:.1f} MB'
+)
 
 # %% [markdown]
 # ## Exits, tuned on the frozen model
@@ -97,7 +112,9 @@ def tuned(start):
       batch_size=16,
     ),
     trained='exits',
-    optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=5, weight_decay=0.0),
+    optimizer=OptimizerConfig(
+      learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=5, weight_decay=0.0
+    ),
     loop=LoopConfig(
       train_steps=60,
       log_period=5,
@@ -117,12 +134,15 @@ directories = {start: tuned(start) for start in ('copy', 'random')}
 figure, axes = plt.subplots(1, len(layers), figsize=(13, 3), sharey=True, layout='constrained')
 for axis, layer in zip(axes, layers, strict=True):
   for start, directory in directories.items():
-    points = [(m['step'], m[f'train/exit_{layer}/nll']) for m in read_metrics(directory) if f'train/exit_{layer}/nll' in m]
+    points = [
+      (m['step'], m[f'train/exit_{layer}/nll'])
+      for m in read_metrics(directory)
+      if f'train/exit_{layer}/nll' in m
+    ]
     axis.plot(*zip(*points, strict=True), label=start)
   axis.set(title=f'exit after layer {layer}', xlabel='step')
 axes[0].set_ylabel('loss, nats per token')
-axes[0].legend(title='heads start as')
-figure
+legend = axes[0].legend(title='heads start as')
 
 # %% [markdown]
 # The backbone has not changed by a bit:
@@ -130,7 +150,9 @@ figure
 # %%
 model = load_model(directories['copy'], mesh=mesh, rules=rules)
 for name in ('embed', 'blocks', 'norm'):
-  pairs = zip(jax.tree.leaves(backbone.params[name]), jax.tree.leaves(model.params[name]), strict=True)
+  pairs = zip(
+    jax.tree.leaves(backbone.params[name]), jax.tree.leaves(model.params[name]), strict=True
+  )
   assert all(np.array_equal(a, b) for a, b in pairs), name
 print('the same, and so is every text at full depth')
 
@@ -142,9 +164,7 @@ print('the same, and so is every text at full depth')
 # more often, at the price of touching it.
 
 # %%
-data = build_data(
-  DataConfig(mixture=text, length=64, batch_size=16), tokenizer=model.tokenizer
-)
+data = build_data(DataConfig(mixture=text, length=64, batch_size=16), tokenizer=model.tokenizer)
 report = evaluate(
   model, data, EvaluateConfig(rows=32, speed_prompts=2, speed_new_tokens=24, speed_repeats=1)
 )
