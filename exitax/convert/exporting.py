@@ -24,7 +24,7 @@ from exitax.convert.reading import ReportFn, quiet
 from exitax.convert.safetensors_file import dtype_name
 from exitax.convert.sidecar import sidecar_metadata
 from exitax.convert.writing import SHARD_BYTES, write_backbone, write_exits
-from exitax.data import Tokenizer
+from exitax.data import HuggingFaceTokenizer, Tokenizer
 from exitax.layers import merge_lora
 
 _TORCH_NAMES = {'F64': 'float64', 'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
@@ -88,7 +88,8 @@ def _write_tokenizer(loaded: LoadedModel, folder: Path) -> None:
   """tokenizer.json and what transformers wants beside it; a byte tokenizer has neither."""
   own = loaded.directory / TOKENIZER_FOLDER
   if (own / TOKENIZER_FILE).is_file():
-    shutil.copyfile(own / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    assert isinstance(loaded.tokenizer, HuggingFaceTokenizer)
+    (folder / TOKENIZER_FILE).write_text(loaded.tokenizer.as_file(), encoding='utf-8')
     names = {
       f'{kind}_token': _token_text(own / TOKENIZER_FILE, index)
       for kind, index in (

@@ -129,6 +129,22 @@ class HuggingFaceTokenizer:
       stop_ids=tuple(dict.fromkeys([self.eos_id, *stop_ids])),
     )
 
+  def as_file(self) -> str:
+    """A `tokenizer.json` that puts `prompt_ids` in front of a text for other libraries too.
+
+    As it came, where it does so already; else with a template that does.
+    """
+    if self._tokenizer.encode('', add_special_tokens=True).ids == list(self.prompt_ids):
+      return self._definition
+    library = _import_tokenizers()
+    copy = library.Tokenizer.from_str(self._definition)
+    start = [copy.id_to_token(index) for index in self.prompt_ids]
+    copy.post_processor = library.processors.TemplateProcessing(
+      single=' '.join([*start, '$A']),
+      special_tokens=list(zip(start, self.prompt_ids, strict=True)),
+    )
+    return copy.to_str(pretty=True)
+
   def encode(self, text: str) -> list[int]:
     """The ids of `text`. Raises UserError for a lone surrogate."""
     utf8(text)

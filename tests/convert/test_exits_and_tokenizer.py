@@ -13,7 +13,7 @@ import pytest
 import exitax as front
 from exitax.checkpoint import LoadedModel, load_model
 from exitax.convert import from_huggingface, load_huggingface, open_source, to_huggingface
-from exitax.data import ByteTokenizer, encode_prompt
+from exitax.data import BpeTokenizer, ByteTokenizer, encode_prompt
 from exitax.errors import UserError
 from exitax.models import ExitConfig, ExitLM, ModelConfig
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh
@@ -131,3 +131,25 @@ def test_a_model_trained_here_becomes_one_of_transformers(tmp_path: Path) -> Non
     torch.asarray(np.array(params['embed']['matrix'])),
   )
   assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (256, 257)
+
+
+def test_a_tokenizer_trained_here_puts_its_start_in_front_for_others_too(tmp_path: Path) -> None:
+  tokenizer = BpeTokenizer.train(['some text to learn from ' * 20], vocab_size=300)
+  config = ModelConfig(
+    vocab_size=300, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, max_length=64
+  )
+  model = ExitLM(config)
+  loaded = LoadedModel(
+    model=model,
+    params=model.init(jax.random.key(0)),
+    tokenizer=tokenizer,
+    step=0,
+    directory=tmp_path / 'model',
+  )
+  tokenizer.save(tmp_path / 'model' / 'tokenizer')
+  to_huggingface(loaded, tmp_path / 'out')
+  wanted = encode_prompt(tokenizer, 'some text')
+  assert wanted[0] == tokenizer.bos_id
+  auto = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  assert auto('some text').input_ids == wanted
+  assert encode_prompt(open_source(tmp_path / 'out').tokenizer, 'some text') == wanted
