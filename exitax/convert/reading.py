@@ -16,7 +16,7 @@ from exitax.convert.safetensors_file import DTYPES, TensorEntry
 from exitax.convert.tensors import TensorPlace, tensor_places
 from exitax.errors import UserError
 from exitax.models import ExitLM, ModelConfig, Params
-from exitax.parallel import ShardingRules, tree_shardings
+from exitax.parallel import ShardingRules, path_name, tree_shardings
 
 # Told the bytes that have come since it was told last.
 ReportFn = Callable[[int], None]
@@ -80,9 +80,10 @@ def read_params(
   dtype: Any = None,
   report: ReportFn = quiet,
 ) -> Params:
-  """The parameters of a model without exits, each device holding only its own shards.
+  """The parameters of a model, each device holding only its own shards.
 
-  Beside the result, no memory is taken but for pages of the files, which the system can drop.
+  Beside the result, no memory is taken but for a block per core and pages of the files, which the system can
+  drop.
 
   Args:
     model: of the checkpoint's configuration.
@@ -98,7 +99,7 @@ def read_params(
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-      group = places['/'.join(key.key for key in path)]
+      group = places[path_name(path)]
       kept = dtype or kept_dtype({tensors[place.name].dtype for place in group})
 
       def shard(index: Any) -> np.ndarray:

@@ -160,7 +160,7 @@ class _Round:
     work = self._verify(work, exit_index, num_drafts)
     ruling = self._rule(work, num_drafts)
     count = jnp.where(active, ruling.verdict.accepted + 1, 0)
-    seen = self._compare(work, ruling.verdict.tokens, count, stats, exit_index, num_drafts)
+    seen = self._compare(work, ruling.verdict.tokens, count, stats, exit_index)
     stats = remember(stats, exit_index, num_drafts, count, seen, memory=plan.memory)
     return self._after(work, exit_index, num_drafts, stats), self._gain(
       work, ruling, count, exit_index
@@ -296,7 +296,8 @@ class _Round:
     softmax is dear, and a plain step has one lane.
     """
     ruling = self._no_ruling(work)
-    for previous, lanes in self._buckets_from_one():
+    # Plain steps, which draft nothing, have a bucket of their own.
+    for previous, lanes in ((0, 1), *((max(p, 1), n) for p, n in self._buckets())):
       ruling = _when(
         (num_drafts < lanes) & (num_drafts >= previous),
         lambda _, lanes=lanes: self._rule_lanes(work, num_drafts, lanes),
@@ -340,10 +341,6 @@ class _Round:
     lanes = self.plan.lane_buckets
     return tuple(zip((0, *lanes[:-1]), lanes, strict=True))
 
-  def _buckets_from_one(self) -> tuple[tuple[int, int], ...]:
-    """The same with a bucket of its own for plain steps."""
-    return ((0, 1), *((max(previous, 1), lanes) for previous, lanes in self._buckets()))
-
   # Results.
 
   def _compare(
@@ -353,7 +350,6 @@ class _Round:
     count: jax.Array,
     stats: DraftStats,
     exit_index: Any,
-    num_drafts: Any,
   ) -> tuple[jax.Array, jax.Array]:
     """Tokens on which exits that did not draft agreed with the final layer, and how many were compared.
 
@@ -367,21 +363,18 @@ class _Round:
 
     others = jnp.arange(len(plan.exits)) != exit_index
 
-    def compare(lanes: int) -> tuple[jax.Array, jax.Array]:
+    def compare(_: Any) -> tuple[jax.Array, jax.Array]:
       agreed = []
-      meant = jnp.arange(lanes) < count[:, None]
+      meant = jnp.arange(plan.width) < count[:, None]
       for index in range(len(plan.exits)):
-        chosen = choose_lanes(self._exit_scores(work, index, 0, lanes), state.requests, state.step)
-        agreed.append(jnp.sum((chosen == tokens[:, :lanes]) & meant, axis=1))
+        scores = self._exit_scores(work, index, 0, plan.width)
+        chosen = choose_lanes(scores, state.requests, state.step)
+        agreed.append(jnp.sum((chosen == tokens) & meant, axis=1))
       compared = jnp.where(others, count[:, None], 0).astype(jnp.float32)
       return jnp.where(others, jnp.stack(agreed, axis=1), 0).astype(jnp.float32), compared
 
     # Plain steps fill all streams, drafts those up to their exit, and verification the others.
-    seen = nothing, nothing
-    for previous, lanes in self._buckets_from_one():
-      fits = (num_drafts < lanes) & (num_drafts >= previous)
-      seen = run_if(due & fits, lambda _, lanes=lanes: compare(lanes), seen)
-    return seen
+    return run_if(due, compare, (nothing, nothing))
 
   def _after(self, work: _Work, exit_index: Any, num_drafts: Any, stats: DraftStats) -> DecodeState:
     state, plan = self.before, self.plan
