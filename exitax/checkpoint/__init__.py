@@ -31,6 +31,7 @@ from exitax.checkpoint.model_dir import (
   write_model,
 )
 from exitax.checkpoint.reading import CheckpointInfo, Restored
+from exitax.checkpoint.sampling import SAMPLING_FILE, load_sampling, write_sampling
 from exitax.checkpoint.tree import LeafSpec
 
 __all__ = [
@@ -52,6 +53,10 @@ __all__ = [
   'read_json',
   'write_bytes_atomic',
   'write_json_atomic',
+  # How it is sampled
+  'SAMPLING_FILE',
+  'load_sampling',
+  'write_sampling',
   # Learned confidence
   'CLASSIFIER_FILE',
   'load_classifiers',

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +162,13 @@ def write_certificate(model_dir: str | os.PathLike[str], certificate: Certificat
   return path
 
 
-def load_certificate(model_dir: str | os.PathLike[str], *, step: int) -> Certificate:
-  """The certificate of a model directory, for the weights of `step`.
+def load_certificate(
+  model_dir: str | os.PathLike[str], *, step: int, exits: Sequence[int]
+) -> Certificate:
+  """The certificate of a model directory, for the weights of `step` and its exits after layers `exits`.
 
   Raises:
-    UserError: there is none, it was changed or damaged, or it is for other weights.
+    UserError: there is none, it was changed or damaged, or it is for other weights or exits.
   """
   path = Path(model_dir) / CERTIFICATE_FILE
   if not path.exists():
@@ -181,6 +183,12 @@ def load_certificate(model_dir: str | os.PathLike[str], *, step: int) -> Certifi
       f'{path} is for the checkpoint of step {certificate.checkpoint_step} '
       f'({certificate.checkpoint_digest[:12]}), the model in use is step {step} ({found[:12]}): '
       'calibrate again'
+    )
+  if certificate.exit_layers != tuple(exits):
+    certified, used = (','.join(map(str, x)) for x in (certificate.exit_layers, exits))
+    raise UserError(
+      f'{path} is for exits after layers {certified}, those in use are {used or "none"}: use '
+      f'--exits={certified}, or calibrate again with --exits={used}'
     )
   return certificate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ def write_classifiers(
 
 
 def load_classifiers(
-  model_dir: str | os.PathLike[str], *, step: int
+  model_dir: str | os.PathLike[str], *, step: int, exits: Collection[int]
 ) -> dict[str, dict[str, np.ndarray]] | None:
-  """The classifiers of a model directory; None if there are none for the weights of `step`."""
+  """Classifiers of the exits after layers `exits`; None unless all are there for the weights of `step`."""
   path = Path(model_dir) / CLASSIFIER_FILE
   try:
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
@@ -57,4 +57,6 @@ def load_classifiers(
   for name, array in content.items():
     layer, _, part = name.partition('/')
     classifiers.setdefault(layer, {})[part] = array
-  return classifiers
+  if not set(map(str, exits)) <= classifiers.keys():
+    return None
+  return {str(layer): classifiers[str(layer)] for layer in exits}

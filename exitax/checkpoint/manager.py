@@ -219,7 +219,12 @@ class CheckpointManager:
     )
 
   def restore_subtree(
-    self, abstract_subtree: Any, *, prefix: str, step: int | None = None
+    self,
+    abstract_subtree: Any,
+    *,
+    prefix: str,
+    step: int | None = None,
+    partial: bool = False,
   ) -> Restored:
     """Reads the part of a state below `prefix` ('params', 'params/blocks'), and no other part.
 
@@ -229,14 +234,22 @@ class CheckpointManager:
       abstract_subtree: pytree of `jax.ShapeDtypeStruct` with shardings, as it lies below `prefix`.
       prefix: path of names joined by '/'.
       step: the step to read; the latest by default.
+      partial: leaves that the checkpoint has there beyond `abstract_subtree` are left out, where
+        they are an error otherwise.
     """
     return reading.restore(
-      self._folders, step=self._choose(step), abstract=abstract_subtree, prefix=prefix + '/'
+      self._folders,
+      step=self._choose(step),
+      abstract=abstract_subtree,
+      prefix=prefix + '/',
+      partial=partial,
     )
 
-  def restore_params(self, abstract_params: Any, *, step: int | None = None) -> Restored:
+  def restore_params(
+    self, abstract_params: Any, *, step: int | None = None, partial: bool = False
+  ) -> Restored:
     """Reads the state's child 'params' and leaves the optimizer alone: see `restore_subtree`."""
-    return self.restore_subtree(abstract_params, prefix='params', step=step)
+    return self.restore_subtree(abstract_params, prefix='params', step=step, partial=partial)
 
   # Inside
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def load_model(
   mesh: Mesh,
   rules: ShardingRules,
   step: int | None = None,
+  exits: Collection[int] | None = None,
 ) -> LoadedModel:
   """Reads the parameters (no optimizer state) of a checkpoint onto a mesh.
 
@@ -99,11 +101,14 @@ def load_model(
     mesh: where the parameters go.
     rules: how they are sharded.
     step: which checkpoint; the latest by default.
+    exits: layers whose exits are used; the parameters of the others are not read. None uses all.
 
   Raises:
     UserError: anything missing, damaged, or that does not fit the mesh.
   """
   config, tokenizer = read_model(model_dir)
+  if exits is not None:
+    config = config.with_exits(exits)
   model = ExitLM(config)
   shapes = model.abstract_params()
   shardings = tree_shardings(shapes, model.logical_axes(), mesh, rules)
@@ -117,7 +122,7 @@ def load_model(
       return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
 
     wanted = jax.tree.map_with_path(abstract, shapes, shardings)
-    restored = manager.restore_params(wanted, step=saved.step)
+    restored = manager.restore_params(wanted, step=saved.step, partial=exits is not None)
   return LoadedModel(
     model=model,
     params=restored.state,

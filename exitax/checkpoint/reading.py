@@ -64,8 +64,12 @@ class Restored:
     return self.info.extras
 
 
-def restore(folders: StepFolders, *, step: int, abstract: Any, prefix: str) -> Restored:
+def restore(
+  folders: StepFolders, *, step: int, abstract: Any, prefix: str, partial: bool = False
+) -> Restored:
   """Loads the leaves below `prefix` ('' or a path that ends with '/') like `abstract`.
+
+  With `partial` a checkpoint may have more leaves there.
 
   Raises:
     CheckpointError: damage, or another tree, shape or dtype than `abstract`.
@@ -73,7 +77,7 @@ def restore(folders: StepFolders, *, step: int, abstract: Any, prefix: str) -> R
   wanted = {prefix + path: leaf for path, leaf in tree.named_leaves(abstract).items()}
   content = verify(folders, step=step, paths=wanted)
   folder = folders.finished()[step]
-  _compare(folder, content=content, wanted=wanted, prefix=prefix)
+  _compare(folder, content=content, wanted=wanted, prefix=prefix, partial=partial)
   loaded = store.load_arrays(folder / commit.ARRAYS_FOLDER, abstract_leaves=wanted)
   state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in wanted])
   return Restored(state=state, info=_info(folder, content=content))
@@ -153,9 +157,18 @@ def _newest_intact(folders: StepFolders, *, before: int) -> int | None:
 
 
 def _compare(
-  folder: Path, *, content: Manifest, wanted: Mapping[str, jax.ShapeDtypeStruct], prefix: str
+  folder: Path,
+  *,
+  content: Manifest,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  prefix: str,
+  partial: bool,
 ) -> None:
-  saved = {path: spec for path, spec in content.leaves.items() if path.startswith(prefix)}
+  saved = {
+    path: spec
+    for path, spec in content.leaves.items()
+    if path.startswith(prefix) and (path in wanted or not partial)
+  }
   phrases = tree.differences(saved, wanted=tree.leaf_specs(wanted))
   if phrases:
     raise CheckpointError(

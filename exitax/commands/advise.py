@@ -30,8 +30,7 @@ ADVICE_FOLDER = 'advice'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Flags of the command."""
-  flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
-  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  flag_groups.add_checkpoint_flags(parser)
   parser.add_argument('--measure', metavar='NAME', help='max_prob (the default), margin or entropy')
   parser.add_argument('--max_drafts', type=int, metavar='N', help='most drafts a round (7)')
   parser.add_argument('--new_tokens', type=int, metavar='N', help='tokens per prompt (128)')
@@ -52,7 +51,7 @@ def run(flags: argparse.Namespace) -> int:
   config = flag_groups.override(gin_config.build(AdviseConfig), flags)
   folder = flag_groups.make_folder(flags.output or model_dir / ADVICE_FOLDER, name='output')
   mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), ShardingRules()
-  loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step)
+  loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step, exits=flags.exits)
   data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
   report = advise(loaded, data, config, mesh=mesh, rules=rules, progress=progress_bar)
   files = [str(path) for path in write_advice(report, folder)]

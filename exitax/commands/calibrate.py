@@ -53,8 +53,7 @@ REFUSED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Flags of the command."""
-  flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
-  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  flag_groups.add_checkpoint_flags(parser)
   goal = parser.add_argument_group('guarantee')
   goal.add_argument(
     '--metric',
@@ -93,7 +92,7 @@ def run(flags: argparse.Namespace) -> int:
   config = flag_groups.override(gin_config.build(CalibrateConfig), flags)
   folder = flag_groups.make_folder(model_dir / CALIBRATION_FOLDER, name='model_dir')
   mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), ShardingRules()
-  loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step)
+  loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step, exits=flags.exits)
   examples = _examples(flags, loaded, config)
   report = calibrate(loaded, examples, config, mesh=mesh, rules=rules, progress=progress_bar)
   files = [str(path) for path in write_calibration(report, folder)]

@@ -111,6 +111,32 @@ def add_model_dir(parser: argparse.ArgumentParser, *, purpose: str) -> None:
   parser.add_argument('--model_dir', metavar='DIR', help=purpose)
 
 
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+  """A model to use: its directory, which checkpoint, which of its exits."""
+  add_model_dir(parser, purpose='the model: what `exitax train` wrote')
+  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  parser.add_argument(
+    '--exits',
+    type=exit_layers,
+    metavar='LAYERS',
+    help="which of the model's exits to use, such as 2,4, or none (all by default)",
+  )
+
+
+def exit_layers(text: str) -> tuple[int, ...]:
+  """The value of `--exits`: layers with commas between them, or 'none'.
+
+  Raises:
+    UserError: anything else.
+  """
+  if text == 'none':
+    return ()
+  try:
+    return tuple(sorted({int(part) for part in text.split(',')}))
+  except ValueError:
+    raise UserError(f"--exits={text} is not layers with commas, such as 2,4, or 'none'") from None
+
+
 def thresholds(text: str) -> float | tuple[float, ...] | str:
   """The value of `--threshold`: a number, numbers with commas between them, or 'certified'.
 

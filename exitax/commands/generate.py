@@ -60,7 +60,7 @@ class GenerateConfig:
     acceptance: 'coupled' (a seed gives the text of full depth) or 'rejection' (accepts more).
     weights: 'compute', or 'int8': matrices in 8 bits, an approximation.
     kv_cache: 'compute', or 'int8': keys and values in 8 bits, an approximation.
-    temperature: 0 is greedy.
+    temperature: 0 is greedy. None, as for the next three: the model's generation.json, or else greedy.
     top_k: keeps the k best tokens; 0 keeps all.
     top_p: keeps the fewest tokens whose probabilities reach it; 1 keeps all.
     min_p: keeps tokens of at least this fraction of the best one's probability.
@@ -78,10 +78,10 @@ class GenerateConfig:
   acceptance: str = 'coupled'
   weights: str = 'compute'
   kv_cache: str = 'compute'
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
+  temperature: float | None = None
+  top_k: int | None = None
+  top_p: float | None = None
+  min_p: float | None = None
   seed: int = 0
 
   def settings(self, model: LanguageModel) -> dict[str, Any]:
@@ -90,12 +90,13 @@ class GenerateConfig:
     Raises:
       UserError: a strategy that the model cannot do, or what its certificate does not speak of.
     """
+    sampler = self._sampler(model.default_sampler)
     choice = model.exit_choice(
       strategy=self.strategy,
       threshold=self.threshold,
       confidence=self.confidence,
       max_new_tokens=self.max_new_tokens,
-      temperature=self.temperature,
+      temperature=sampler.temperature,
       patience=self.patience,
       decay=self.decay,
     )
@@ -112,11 +113,15 @@ class GenerateConfig:
     return {
       'max_new_tokens': self.max_new_tokens,
       'policy': settings.policy(model.config),
-      'sampler': Sampler(
-        temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
-      ),
+      'sampler': sampler,
       'seed': self.seed,
     }
+
+  def _sampler(self, default: Sampler) -> Sampler:
+    given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)}
+    return dataclasses.replace(
+      default, **{name: value for name, value in given.items() if value is not None}
+    )
 
 
 gin_config.make_configurable(GenerateConfig)
@@ -124,8 +129,7 @@ gin_config.make_configurable(GenerateConfig)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Flags of the command."""
-  flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
-  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  flag_groups.add_checkpoint_flags(parser)
   text = parser.add_argument_group('text')
   text.add_argument('--prompt', action='append', default=[], help='repeatable; a batch')
   text.add_argument('--prompt_file', metavar='FILE', help='a prompt from a file, - for stdin')
@@ -164,7 +168,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--weights', metavar='FORMAT', help='compute (the default) or int8')
   parser.add_argument('--kv_cache', metavar='FORMAT', help='compute (the default) or int8')
   sampling = parser.add_argument_group('sampling')
-  sampling.add_argument('--temperature', type=float, help='0, the default, is greedy')
+  sampling.add_argument(
+    '--temperature', type=float, help='0 is greedy: the default, unless the model says otherwise'
+  )
   sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
   sampling.add_argument('--top_p', type=float, metavar='P', help='keep the best that reach P')
   sampling.add_argument(
@@ -187,7 +193,12 @@ def run(flags: argparse.Namespace) -> int:
   prompts = _prompts(flags)
   mesh = gin_config.build(MeshConfig)
   model = load(
-    flags.model_dir, step=flags.step, mesh=mesh, weights=config.weights, kv_cache=config.kv_cache
+    flags.model_dir,
+    step=flags.step,
+    exits=flags.exits,
+    mesh=mesh,
+    weights=config.weights,
+    kv_cache=config.kv_cache,
   )
   settings = config.settings(model)
   console = Console(highlight=False, soft_wrap=True)

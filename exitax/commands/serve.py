@@ -38,8 +38,7 @@ gin_config.make_configurable(serve.ServeConfig)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Flags of the command."""
-  flag_groups.add_model_dir(parser, purpose='the model: what `exitax train` wrote')
-  parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
+  flag_groups.add_checkpoint_flags(parser)
   network = parser.add_argument_group('network')
   network.add_argument('--host', help='address to bind to; 127.0.0.1, this machine, by default')
   network.add_argument('--port', type=int, help='8000 by default; 0 takes any that is free')
@@ -111,7 +110,7 @@ def run(flags: argparse.Namespace) -> int:
     start = time.perf_counter()
     mesh, rules = make_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingRules()
     service = serve.build_service(
-      load_model(flags.model_dir, mesh=mesh, rules=rules, step=flags.step),
+      load_model(flags.model_dir, mesh=mesh, rules=rules, step=flags.step, exits=flags.exits),
       config,
       ambient=lambda: use(mesh, rules),
       progress=progress_bar,

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from exitax.checkpoint import LoadedModel, write_json_atomic
+from exitax.checkpoint import LoadedModel, write_json_atomic, write_sampling
 from exitax.convert.families import model_config, source_precision, with_length
 from exitax.convert.folder import (
   CARRIED_FILES,
@@ -138,6 +138,8 @@ def from_huggingface(
   with new_folder(out) as directory:
     loaded = load_huggingface(source, mesh=mesh, rules=rules, dtype=dtype, report=report)
     write_model_dir(loaded, directory)
+    if sampling := _sampling(source.folder):
+      write_sampling(directory, sampling)
     origin = directory / ORIGIN_FOLDER
     origin.mkdir()
     write_json_atomic(origin / CONFIG_FILE, source.folder.config)
@@ -173,10 +175,37 @@ def _tokenizer(
 
 def _stop_ids(folder: HuggingFaceFolder, vocab_size: int) -> list[int]:
   """Ids that end an answer by generation_config.json, else by config.json."""
-  path = folder.path / GENERATION_FILE
-  for content in (read_json_object(path) if path.is_file() else {}, folder.config):
+  for content in (_generation_config(folder), folder.config):
     value = content.get('eos_token_id')
     if value is not None:
       ids = value if isinstance(value, list) else [value]
       return [int(i) for i in ids if 0 <= int(i) < vocab_size]
   return []
+
+
+def _sampling(folder: HuggingFaceFolder) -> dict[str, float]:
+  """What generation_config.json says of sampling, as fields of `decode.Sampler`.
+
+  Raises:
+    UserError: a value that is no number.
+  """
+  content = _generation_config(folder)
+  samples = content.get('do_sample')
+  if samples is None:
+    return {}
+  if not samples:
+    return {'temperature': 0.0}
+  found = {'temperature': 1.0}
+  for name in ('temperature', 'top_k', 'top_p', 'min_p'):
+    value = content.get(name)
+    if value is None:
+      continue
+    if isinstance(value, bool) or not isinstance(value, int if name == 'top_k' else (int, float)):
+      raise UserError(f'{folder.path / GENERATION_FILE}: {name}={value!r} is no number: mend it')
+    found[name] = value
+  return found
+
+
+def _generation_config(folder: HuggingFaceFolder) -> Mapping[str, Any]:
+  path = folder.path / GENERATION_FILE
+  return read_json_object(path) if path.is_file() else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from exitax.checkpoint import (
   load_certificate,
   load_classifiers,
   load_model,
+  load_sampling,
 )
 from exitax.data import StreamDecoder, Tokenizer, encode_prompt, pad_documents
 from exitax.decode import (
@@ -51,6 +52,7 @@ def load(
   model_dir: str | os.PathLike[str],
   *,
   step: int | None = None,
+  exits: Collection[int] | None = None,
   mesh: MeshConfig = MeshConfig(data=1),
   rules: ShardingRules = ShardingRules(),
   weights: str | WeightFormat = WeightFormat.COMPUTE,
@@ -61,6 +63,7 @@ def load(
   Args:
     model_dir: the directory.
     step: which checkpoint; the latest by default.
+    exits: layers whose exits are used, `()` for none; all by default.
     mesh: devices to use; the first one by default. `pipeline` stages are for `strategy='pipeline'`.
     rules: how parameters lie on them.
     weights: 'compute', or 'int8' to generate with matrices of 8 bits (a quarter of the memory of float32, and an
@@ -71,7 +74,7 @@ def load(
     UserError: the directory holds no model, or a damaged one.
   """
   device_mesh = _mesh_of(mesh)
-  loaded = load_model(model_dir, mesh=device_mesh, rules=rules, step=step)
+  loaded = load_model(model_dir, mesh=device_mesh, rules=rules, step=step, exits=exits)
   weights = choose(WeightFormat, weights, name='weights')
   kv_cache = choose(CacheFormat, kv_cache, name='kv_cache')
   return LanguageModel(loaded, mesh=device_mesh, rules=rules, weights=weights, kv_cache=kv_cache)
@@ -139,7 +142,16 @@ class LanguageModel:
     Raises:
       UserError: nothing, or for other weights.
     """
-    return load_certificate(self._loaded.directory, step=self.step)
+    return load_certificate(self._loaded.directory, step=self.step, exits=self.config.depths[:-1])
+
+  @property
+  def default_sampler(self) -> Sampler:
+    """What the model's `generation.json` asks for; greedy without one.
+
+    Raises:
+      UserError: the file is damaged, or a value out of range.
+    """
+    return Sampler(**load_sampling(self._loaded.directory))  # type: ignore[arg-type]
 
   def exit_choice(
     self,
@@ -200,7 +212,7 @@ class LanguageModel:
     threshold: Threshold = None,
     confidence: str | Confidence | None = None,
     policy: ExitPolicy | None = None,
-    sampler: Sampler = Sampler(),
+    sampler: Sampler | None = None,
     seed: int = 0,
     stop: Sequence[int] = (),
   ) -> list[TextCompletion]:
@@ -216,7 +228,7 @@ class LanguageModel:
         'certified' for the one that `exitax calibrate` has certified.
       confidence: 'max_prob' (the default), 'margin', 'entropy', 'patience', 'cosine' or 'classifier'.
       policy: a policy of `exitax.decode`, instead of the three.
-      sampler: temperature, top-k, top-p, min-p; greedy by default.
+      sampler: temperature, top-k, top-p, min-p; None takes `default_sampler`.
       seed: prompt i uses seed + i.
       stop: token ids that end a text beside the tokenizer's end id.
 
@@ -225,6 +237,7 @@ class LanguageModel:
         the context, a request that the certificate does not speak of.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    sampler = sampler or self.default_sampler
     policy = policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler)
     with use(self._mesh, self._rules):
       result = generate(
@@ -252,12 +265,13 @@ class LanguageModel:
     threshold: Threshold = None,
     confidence: str | Confidence | None = None,
     policy: ExitPolicy | None = None,
-    sampler: Sampler = Sampler(),
+    sampler: Sampler | None = None,
     seed: int = 0,
     stop: Sequence[int] = (),
   ) -> Iterator[TextEvent]:
     """Yields the tokens of one continuation as they are chosen; arguments as `generate`."""
     decoder = StreamDecoder(self.tokenizer)
+    sampler = sampler or self.default_sampler
     policy = policy or self._policy(strategy, threshold, confidence, max_new_tokens, sampler)
     with use(self._mesh, self._rules):
       events = stream(
@@ -340,7 +354,9 @@ class LanguageModel:
     if placement not in self._decode_params:
       loaded = self._loaded
       prepared = placement.prepare_params(loaded.model, self.params, weights=self._weights)
-      classifiers = load_classifiers(loaded.directory, step=loaded.step)
+      classifiers = load_classifiers(
+        loaded.directory, step=loaded.step, exits=self.config.depths[:-1]
+      )
       if classifiers is not None:
         prepared = {**prepared, 'confidence': classifiers}
       self._decode_params[placement] = prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Collection
 from typing import Any
 
 from exitax.errors import UserError, choose
@@ -180,6 +181,23 @@ class ModelConfig:
   def depth_names(self) -> tuple[str, ...]:
     """Names of `depths` in metrics and tables: `exit_2`, `exit_4`, `final`."""
     return (*(f'exit_{exit_config.layer}' for exit_config in self.exits), 'final')
+
+  def with_exits(self, layers: Collection[int]) -> ModelConfig:
+    """The same model with some of its exits: those after `layers`.
+
+    Raises:
+      UserError: it has no exit there.
+    """
+    own = self.depths[:-1]
+    for layer in layers:
+      if layer not in own:
+        there = (
+          f'there are exits after layers {", ".join(map(str, own))}' if own else 'there is none'
+        )
+        raise UserError(f'exits={layer}: the model has no exit after layer {layer}; {there}')
+    return dataclasses.replace(
+      self, exits=tuple(item for item in self.exits if item.layer in layers)
+    )
 
   def to_dict(self) -> dict[str, Any]:
     """Plain JSON values, for the file beside a checkpoint."""

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from exitax.checkpoint import CERTIFIED, LoadedModel, load_certificate, load_classifiers
+from exitax.checkpoint import (
+  CERTIFIED,
+  LoadedModel,
+  load_certificate,
+  load_classifiers,
+  load_sampling,
+)
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
 from exitax.data import Progress, quiet
-from exitax.decode import CacheFormat, Confidence, WeightFormat, prepare_params
+from exitax.decode import CacheFormat, Confidence, Sampler, WeightFormat, prepare_params
 from exitax.errors import UserError, choose
 from exitax.serve.admission import WaitingRoom
 from exitax.serve.batch import SlotBatch
@@ -52,7 +58,7 @@ def build_service(
     num_top=config.max_logprobs,
     guarantee=_guarantee(loaded, config),
   )
-  classifiers = load_classifiers(loaded.directory, step=loaded.step)
+  classifiers = load_classifiers(loaded.directory, step=loaded.step, exits=model_config.depths[:-1])
   if strategies.confidence is Confidence.CLASSIFIER and classifiers is None:
     raise UserError(
       'confidence=classifier needs classifiers, one per exit: train them with '
@@ -61,6 +67,8 @@ def build_service(
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
+  sampling = load_sampling(loaded.directory)
+  Sampler(**sampling)  # type: ignore[arg-type]  # Out of range is said now, not to clients.
   metrics = Metrics()
   with ambient():
     params = prepare_params(loaded.model, loaded.params, weights=weights)
@@ -94,13 +102,16 @@ def build_service(
     template=template,
     engine=engine,
     metrics=metrics,
+    sampling=sampling,
   )
 
 
 def _guarantee(loaded: LoadedModel, config: ServeConfig) -> Guarantee | None:
   """What the model's certificate says; None without one that counts, unless it is asked for."""
   try:
-    certificate = load_certificate(loaded.directory, step=loaded.step)
+    certificate = load_certificate(
+      loaded.directory, step=loaded.step, exits=loaded.model.config.depths[:-1]
+    )
   except UserError:
     if config.threshold == CERTIFIED:
       raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from exitax.data import Tokenizer, begin_prompt, encode_prompt
 from exitax.decode import Sampler
@@ -56,6 +56,7 @@ class Service:
     template: for chats.
     engine: what runs jobs.
     metrics: what is counted.
+    sampling: fields of `Sampler` for requests that do not name them; OpenAI's by default.
   """
 
   name: str
@@ -67,6 +68,7 @@ class Service:
   template: ChatTemplate
   engine: Engine
   metrics: Metrics
+  sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def completion(self, request: CompletionRequest) -> Work:
     """What a completion request asks for.
@@ -154,7 +156,7 @@ class Service:
   ) -> Work:
     self._check_model(request.model)
     self._check_logprobs(request)
-    sampler = _sampler(request)
+    sampler = sampler_of(request, self.sampling)
     chosen = self.strategies.choose(
       strategy=request.strategy,
       threshold=request.threshold,
@@ -231,12 +233,13 @@ class Service:
       )
 
 
-def _sampler(request: GenerationRequest) -> Sampler:
-  """OpenAI's defaults: temperature 1, nothing filtered."""
-  temperature = 1.0 if request.temperature is None else request.temperature
-  return Sampler(
-    temperature=temperature if temperature >= _COLDEST else 0.0,
-    top_k=request.top_k or 0,
-    top_p=1.0 if request.top_p is None else request.top_p,
-    min_p=request.min_p or 0.0,
-  )
+def sampler_of(request: GenerationRequest, defaults: Mapping[str, float]) -> Sampler:
+  """What is asked for, else the model's defaults, else OpenAI's: temperature 1, nothing filtered."""
+  fields = {'temperature': 1.0, **defaults}
+  for field in dataclasses.fields(Sampler):
+    value = getattr(request, field.name)
+    if value is not None:
+      fields[field.name] = value
+  if fields['temperature'] < _COLDEST:
+    fields['temperature'] = 0.0
+  return Sampler(**fields)  # type: ignore[arg-type]

@@ -61,6 +61,35 @@ def test_loads_parameters_sharded_over_any_mesh(model_dir, step, wanted):
   assert up.addressable_shards[0].data.size == up.size // 8
 
 
+def test_loads_some_exits(tmp_path):
+  exits = tuple(
+    models.ExitConfig(layer=layer, head=head, matrix=matrix)
+    for layer, head, matrix in [(1, 'mlp', 'own'), (2, 'norm', 'shared'), (3, 'norm', 'final')]
+  )
+  config = dataclasses.replace(CONFIG, num_layers=4, exits=exits)
+  params = models.ExitLM(config).init(jax.random.key(0))
+  checkpoint.write_model(tmp_path, config, data.ByteTokenizer())
+  with checkpoint.CheckpointManager(checkpoint.checkpoints_directory(tmp_path)) as manager:
+    manager.save(1, {'step': np.int32(1), 'params': params})
+  tokens = np.arange(8)[None]
+  whole = models.logits_at_exits(
+    models.ExitLM(config), params, tokens, np.ones_like(tokens), tokens
+  )
+  for layers, rows in [((1, 3), [0, 2, 3]), ((2,), [1, 3]), ((), [3])]:
+    loaded = checkpoint.load_model(tmp_path, mesh=_mesh(data=8), rules=RULES, exits=layers)
+    assert loaded.model.config.depths == (*layers, 4)
+    assert set(loaded.params.get('exits', {})) == set(map(str, layers))
+    assert ('shared_exit' in loaded.params) == (2 in layers)
+    logits = models.logits_at_exits(
+      loaded.model, loaded.params, tokens, np.ones_like(tokens), tokens
+    )
+    np.testing.assert_allclose(logits, whole[np.asarray(rows)], rtol=0, atol=1e-6)
+  with pytest.raises(
+    UserError, match='no exit after layer 4; there are exits after layers 1, 2, 3'
+  ):
+    checkpoint.load_model(tmp_path, mesh=_mesh(data=8), rules=RULES, exits=(1, 4))
+
+
 def test_a_mesh_that_does_not_fit_is_named(model_dir):
   with pytest.raises(UserError, match='tensor=8 does not divide num_heads=2'):
     checkpoint.load_model(model_dir, mesh=_mesh(data=1, tensor=8), rules=RULES)

@@ -27,7 +27,7 @@ def test_a_certificate_is_written_and_used(exitax: RunCommand, model_dir: Path):
   assert (done.status, done.err) == (0, '')
   assert 'Certified: threshold ' in done.out
   assert (model_dir / 'calibration' / 'calibration.png').stat().st_size > 10_000
-  certificate = load_certificate(model_dir, step=8)
+  certificate = load_certificate(model_dir, step=8, exits=(1, 2))
   assert certificate.threshold in (0.9, 0.5, 0.0)
   assert certificate.examples == 24
 
@@ -45,6 +45,7 @@ def test_a_certificate_is_written_and_used(exitax: RunCommand, model_dir: Path):
     ('--confidence=margin', 'is for max_prob; leave it out'),
     ('--weights=int8', 'is for weights=compute; leave it out'),
     ('--step=4', 'is for the checkpoint of step 8'),
+    ('--exits=none', 'is for exits after layers 1,2, those in use are none: use --exits=1,2'),
   ):
     refused = exitax(*ask, '--threshold=certified', more)
     assert refused.status == 2

@@ -38,14 +38,16 @@ def test_classifiers_are_trained_and_decoded_with(exitax: RunCommand, model_dir:
 def test_classifiers_of_other_weights_are_not_used(model_dir: Path):
   classifiers = {'1': {'kernel': [1.0, 2.0], 'bias': 0.5}}
   write_classifiers(model_dir, classifiers, step=4)
-  assert load_classifiers(model_dir, step=8) is None
-  found = load_classifiers(model_dir, step=4)
+  assert load_classifiers(model_dir, step=8, exits=(1,)) is None
+  found = load_classifiers(model_dir, step=4, exits=(1,))
   assert found is not None
   assert found['1']['kernel'].tolist() == [1.0, 2.0]
   assert found['1']['bias'] == 0.5
+  assert load_classifiers(model_dir, step=4, exits=()) == {}
+  assert load_classifiers(model_dir, step=4, exits=(1, 2)) is None
 
 
 def test_a_damaged_file_is_as_none(model_dir: Path):
   path = write_classifiers(model_dir, {'1': {'kernel': [1.0]}}, step=8)
   path.write_bytes(path.read_bytes()[:-30])
-  assert load_classifiers(model_dir, step=8) is None
+  assert load_classifiers(model_dir, step=8, exits=(1,)) is None

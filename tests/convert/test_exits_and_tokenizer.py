@@ -14,6 +14,7 @@ import exitax as front
 from exitax.checkpoint import LoadedModel, load_model
 from exitax.convert import from_huggingface, load_huggingface, open_source, to_huggingface
 from exitax.data import BpeTokenizer, ByteTokenizer, encode_prompt
+from exitax.decode import Sampler
 from exitax.errors import UserError
 from exitax.models import ExitConfig, ExitLM, ModelConfig
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh
@@ -87,6 +88,38 @@ def test_prompts_and_ends_are_those_of_the_checkpoint(make_folder: MakeFn, tmp_p
   to_huggingface(load_model(tmp_path / 'model', mesh=one_device(), rules=RULES), tmp_path / 'back')
   for name in ('generation_config.json', 'chat_template.jinja', 'tokenizer_config.json'):
     assert (tmp_path / 'back' / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+  ('content', 'sampler'),
+  [
+    ({}, Sampler()),
+    ({'temperature': 0.5}, Sampler()),
+    ({'do_sample': False, 'temperature': 0.5}, Sampler()),
+    ({'do_sample': True}, Sampler(temperature=1.0)),
+    (
+      {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9, 'top_k': 20, 'repetition_penalty': 1.1},
+      Sampler(temperature=0.6, top_p=0.9, top_k=20),
+    ),
+  ],
+)
+def test_it_is_sampled_as_its_makers_want(
+  make_folder: MakeFn, tmp_path: Path, content: dict, sampler: Sampler
+) -> None:
+  folder = make_folder('llama')
+  (folder / 'generation_config.json').write_text(json.dumps(content))
+  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  model = front.load(tmp_path / 'model')
+  assert model.default_sampler == sampler
+  ask = {'max_new_tokens': 8, 'seed': 3}
+  assert model.generate('abc', **ask) == model.generate('abc', sampler=sampler, **ask)
+
+
+def test_a_sampling_value_that_is_no_number_is_named(make_folder: MakeFn, tmp_path: Path) -> None:
+  folder = make_folder('llama')
+  (folder / 'generation_config.json').write_text('{"do_sample": true, "top_k": "many"}')
+  with pytest.raises(UserError, match=r"generation_config.json: top_k='many' is no number"):
+    from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
 
 
 def test_a_model_without_a_start_gets_none(make_folder: MakeFn) -> None:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from exitax.decode import Sampler
 from exitax.serve.protocol import ChatRequest, CompletionRequest, parse_request
 from exitax.serve.refusals import Refusal
+from exitax.serve.service import sampler_of
 
 
 def completion(**fields) -> CompletionRequest:
@@ -19,6 +21,21 @@ def completion(**fields) -> CompletionRequest:
 @pytest.mark.parametrize('prompt', ['a', '', ['a', 'b'], [1, 2], [[1, 2], [3]]])
 def test_prompts(prompt):
   assert completion(prompt=prompt).prompt == prompt
+
+
+@pytest.mark.parametrize(
+  ('fields', 'model', 'expected'),
+  [
+    ({}, {}, Sampler(temperature=1.0)),
+    ({'temperature': 0.5, 'top_k': 3}, {}, Sampler(temperature=0.5, top_k=3)),
+    ({}, {'temperature': 0.6, 'top_p': 0.9}, Sampler(temperature=0.6, top_p=0.9)),
+    ({'top_p': 1.0}, {'temperature': 0.6, 'top_p': 0.9}, Sampler(temperature=0.6)),
+    ({'temperature': 0}, {'temperature': 0.6}, Sampler()),
+    ({'temperature': 1e-9}, {}, Sampler()),
+  ],
+)
+def test_a_request_comes_before_the_model_and_the_model_before_openai(fields, model, expected):
+  assert sampler_of(completion(**fields), model) == expected
 
 
 @pytest.mark.parametrize('threshold', [0, 1, 0.5, [0, 1], [0.25, 0.5]])
