@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def trained(name: str, effort: Effort) -> LoadedModel:
   directory = ROOT / 'runs' / name
   command = [f'--gin_file=gin/runs/{name}.gin']
   if effort is Effort.QUICK and not directory.exists():
-    directory, command = ROOT / 'runs' / f'{name}_short', [*command, *SHORT]
+    directory, command = ROOT / 'runs' / f'{name}_short', [*command, *SHORT, *_short_backbone(name)]
   say(f'{directory.relative_to(ROOT)}: training what is missing')
   command = [sys.executable, '-m', 'exitax', 'train', *command, f'--model_dir={directory}']
   # Resumes, and ends at once where nothing is missing.
@@ -51,10 +52,20 @@ def trained(name: str, effort: Effort) -> LoadedModel:
   return dataclasses.replace(loaded, model=ExitLM(config))
 
 
-def held_out_loss(loaded: LoadedModel) -> float:
-  """Nats per token of the final layer on held-out text, as its training found at the end."""
-  key = 'held_out/final/nll'
-  return [line[key] for line in read_metrics(loaded.directory) if key in line][-1]
+def _short_backbone(name: str) -> list[str]:
+  """For a run on another model that is not there: its short stand-in, which comes before it."""
+  text = (ROOT / 'gin' / 'runs' / f'{name}.gin').read_text(encoding='utf-8')
+  found = re.search(r"^BACKBONE = 'runs/(\w+)'", text, re.MULTILINE)
+  if found is None or (ROOT / 'runs' / found[1]).exists():
+    return []
+  return [f"--gin.BACKBONE='runs/{found[1]}_short'"]
+
+
+def held_out_losses(loaded: LoadedModel) -> dict[str, float]:
+  """Nats per token of every exit and the final layer on held-out text, as training found at the end."""
+  names = loaded.model.config.depth_names
+  lines = [line for line in read_metrics(loaded.directory) if 'held_out/final/nll' in line]
+  return {name: lines[-1][f'held_out/{name}/nll'] for name in names}
 
 
 def held_out(loaded: LoadedModel, *, count: int, num_tokens: int) -> list[list[int]]:
