@@ -13,7 +13,7 @@ import numpy as np
 from common import Effort, median_ratio, say
 from roofline import measured_rates, step_bound
 from step_timer import StepTimer
-from trained import held_out, held_out_losses, trained
+from trained import held_out, held_out_loss, trained
 
 from exitax import decode
 from exitax.checkpoint import LoadedModel
@@ -86,7 +86,7 @@ class Subject:
       ]
       row |= {
         'of_roofline': median_ratio(bounds, taken),
-        'held_out_nll': held_out_losses(self.loaded)['final'],
+        'held_out_nll': held_out_loss(self.loaded),
       }
     return row
 

@@ -14,7 +14,7 @@ from common import Effort, say
 from exitax.checkpoint import LoadedModel, load_model
 from exitax.commands import gin_config
 from exitax.commands.train import CONFIG_FILE
-from exitax.data import DataConfig, build_data
+from exitax.data import Data, DataConfig, build_data
 from exitax.evaluate import held_out_prompts
 from exitax.layers import Precision
 from exitax.models import ExitLM
@@ -61,16 +61,19 @@ def _short_backbone(name: str) -> list[str]:
   return [f"--gin.BACKBONE='runs/{found[1]}_short'"]
 
 
-def held_out_losses(loaded: LoadedModel) -> dict[str, float]:
-  """Nats per token of every exit and the final layer on held-out text, as training found at the end."""
-  names = loaded.model.config.depth_names
-  lines = [line for line in read_metrics(loaded.directory) if 'held_out/final/nll' in line]
-  return {name: lines[-1][f'held_out/{name}/nll'] for name in names}
+def held_out_loss(loaded: LoadedModel) -> float:
+  """Nats per token of the final layer on held-out text, as its training found at the end."""
+  key = 'held_out/final/nll'
+  return [line[key] for line in read_metrics(loaded.directory) if key in line][-1]
 
 
 def held_out(loaded: LoadedModel, *, count: int, num_tokens: int) -> list[list[int]]:
   """The beginnings of held-out documents of what a model was trained on."""
+  return held_out_prompts(data_of(loaded), count=count, num_tokens=num_tokens)
+
+
+def data_of(loaded: LoadedModel) -> Data:
+  """What a model was trained on."""
   text = (Path(loaded.directory) / CONFIG_FILE).read_text(encoding='utf-8')
   gin_config.parse([], [], text=text)
-  data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
-  return held_out_prompts(data, count=count, num_tokens=num_tokens)
+  return build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)

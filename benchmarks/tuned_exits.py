@@ -17,8 +17,11 @@ from typing import Any
 from common import effort_from_arguments, finish, in_turns
 from drafting import SIZES, Drafting
 from roofline import rate_measures
-from trained import held_out_losses
+from trained import data_of
 
+from exitax.evaluate import EvaluateConfig, evaluate
+
+ROWS = 64  # Of held-out text that is scored.
 NAMES = ('plain_small', 'ee_tune_small', 'layerskip_tune_small')
 
 
@@ -37,16 +40,19 @@ def main() -> None:
 
 def _exits(subject: Drafting) -> list[dict[str, Any]]:
   """What each exit predicts: its loss on held-out text, and how often it agrees with the final layer."""
-  losses = held_out_losses(subject.loaded)
-  agreement = [*subject.agreement, 1.0]
+  report = evaluate(
+    subject.loaded, data_of(subject.loaded), EvaluateConfig(rows=ROWS, speed_prompts=0)
+  )
   return [
     {
       'model': subject.name,
       'way': name,
-      'held_out_nll': losses[name],
-      'agreement': agreement[index],
+      'held_out_nll': score.nll,
+      'agreement': agreement,
     }
-    for index, name in enumerate(subject.model.config.depth_names)
+    for name, score, agreement in zip(
+      subject.model.config.depth_names, report.exits, report.exit_agreement, strict=True
+    )
   ]
 
 
