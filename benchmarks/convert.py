@@ -209,7 +209,7 @@ def _child(way: str, source: str, out: str) -> None:
 
 
 def _convert(source: str, out: str) -> None:
-  from_huggingface(open_source(source), out, mesh=_mesh(), rules=ShardingRules())
+  from_huggingface(open_source(source), out)
 
 
 def _copy(source: str, out: str) -> None:

@@ -83,7 +83,7 @@ print(*sorted(path.name for path in Path(huggingface_folder).iterdir()), sep='\n
 
 # %%
 source = open_source(huggingface_folder, max_length=256)
-from_huggingface(source, work / 'backbone', mesh=mesh, rules=rules)
+from_huggingface(source, work / 'backbone')
 backbone = load_model(work / 'backbone', mesh=mesh, rules=rules)
 print(
   f'{source.config.num_layers} layers of width {source.config.embed_dim}, no exits, {source.num_bytes / 1e6:.1f} MB'

@@ -79,7 +79,7 @@ def test_prompts_and_ends_are_those_of_the_checkpoint(make_folder: MakeFn, tmp_p
   folder = make_folder('llama')
   (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [2, 7, 95]}))
   (folder / 'chat_template.jinja').write_text('{{ bos_token }}{{ messages[0].content }}')
-  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(open_source(folder), tmp_path / 'model')
   model = front.load(tmp_path / 'model')
   assert model.tokenizer.stop_ids == (2, 7, 95)
   auto = transformers.AutoTokenizer.from_pretrained(folder)
@@ -100,7 +100,7 @@ def test_a_model_without_a_start_gets_none(make_folder: MakeFn) -> None:
 
 def test_text_goes_on_as_with_transformers(make_folder: MakeFn, tmp_path: Path) -> None:
   folder = make_folder('llama_3')
-  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(open_source(folder), tmp_path / 'model')
   found = front.load(tmp_path / 'model').generate('abc', max_new_tokens=20)[0]
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder)
