@@ -45,16 +45,19 @@ class LazyArray:
 def as_lazy(leaf: Any) -> LazyArray:
   """A lazy view of an array, which must not change before it is written; lazy ones stay as they are.
 
-  An array on an accelerator comes to the host box by box.
+  An array on accelerators comes to the host box by box.
+
+  Raises:
+    ValueError: other processes have a part of the array.
   """
   if isinstance(leaf, LazyArray):
     return leaf
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    raise ValueError('an array of several processes cannot be written block by block: use save')
 
   def read(box: Box, out: np.ndarray) -> None:
     if isinstance(leaf, jax.Array):
-      # Compiled once for each shape of a box, not for each place.
-      starts, sizes = [part.start for part in box], out.shape
-      out[...] = np.asarray(jax.lax.dynamic_slice(leaf, starts, sizes))
+      _copy_box(leaf, box, out)
     else:
       out[...] = leaf[box]
 
@@ -67,12 +70,12 @@ def block_shape(shape: tuple[int, ...], *, itemsize: int, max_bytes: int) -> tup
   Leading axes are cut before later ones, so that a block is contiguous: leaves stacked by layer
   fall into layers, and a layer that is too large into its rows.
 
-    [16, 2048, 8192] of 2 bytes, at most 32 MiB  ->  [1, 2048, 8192]
-    [16, 2048] of 2 bytes                        ->  [16, 2048]
-    [128256, 2048] of 2 bytes                    ->  [8016, 2048], 16 of them
+    [16, 2048, 8192] of 2 bytes, at most 16 MiB  ->  [1, 1024, 8192], 2 per layer
+    [16, 2048, 512] of 2 bytes                   ->  [8, 2048, 512]
+    [128256, 2048] of 2 bytes                    ->  [4008, 2048], 32 of them
 
-  A last block that is not full is stored as if it was: sizes that divide the axis are looked for
-  among up to twice as many blocks as there must be.
+  A last block that is not full is stored as if it was: of all numbers of blocks up to twice the
+  least, the one that wastes least is taken.
 
   Args:
     shape: of the array.
@@ -85,8 +88,8 @@ def block_shape(shape: tuple[int, ...], *, itemsize: int, max_bytes: int) -> tup
     if size * row <= max_bytes:
       break
     fewest = -(-size // max(1, max_bytes // row))
-    even = (count for count in range(fewest, 2 * fewest) if size % count == 0)
-    sizes[axis] = -(-size // min(next(even, fewest), size))
+    steps = (-(-size // count) for count in range(fewest, 2 * fewest))
+    sizes[axis] = min(steps, key=lambda step: -size % step)
     if row <= max_bytes:
       break
   return tuple(sizes)
@@ -99,3 +102,19 @@ def boxes(shape: tuple[int, ...], *, block: tuple[int, ...]) -> Iterator[Box]:
     for size, step in zip(shape, block, strict=True)
   )
   return itertools.product(*axes)
+
+
+def _copy_box(array: jax.Array, box: Box, out: np.ndarray) -> None:
+  """A box of an array from the shards that have it."""
+  for shard in array.addressable_shards:
+    own = [part.indices(size) for part, size in zip(shard.index, array.shape, strict=True)]
+    firsts = [max(part.start, start) for part, (start, _, _) in zip(box, own, strict=True)]
+    ends = [min(part.stop, stop) for part, (_, stop, _) in zip(box, own, strict=True)]
+    sizes = [end - first for first, end in zip(firsts, ends, strict=True)]
+    if shard.replica_id or any(size <= 0 for size in sizes):
+      continue
+    # Compiled once for each shape of a box, not for each place.
+    starts = [first - start for first, (start, _, _) in zip(firsts, own, strict=True)]
+    values = jax.lax.dynamic_slice(shard.data, starts, sizes)
+    places = zip(firsts, ends, box, strict=True)
+    out[tuple(slice(first - part.start, end - part.start) for first, end, part in places)] = values
