@@ -79,7 +79,7 @@ print(*sorted(path.name for path in Path(huggingface_folder).iterdir()), sep='\n
 # %% [markdown]
 # ## Into a model directory
 #
-# On the command line: `exitax convert from-hf FOLDER runs/backbone`. Weights go tensor by tensor from mapped memory to where they belong.
+# On the command line: `exitax convert from-hf FOLDER runs/backbone`. Weights go block by block from mapped memory into the checkpoint: no more than a few blocks are in memory.
 
 # %%
 source = open_source(huggingface_folder, max_length=256)
