@@ -53,6 +53,7 @@ def run(flags: argparse.Namespace) -> int:
   read_model(model_dir)
   flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
   config = gin_config.build(ClassifierConfig)
+  flag_groups.make_folder(model_dir, name='model_dir')
   mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), ShardingRules()
   loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step)
   exits = loaded.model.config.exits

@@ -87,7 +87,9 @@ def build_service(
   engine = Engine(
     batch,
     plans=strategies.plans,
-    room=WaitingRoom(capacity=config.max_queue, queue_timeout=config.queue_timeout),
+    room=WaitingRoom(
+      capacity=config.max_queue, slots=config.num_slots, queue_timeout=config.queue_timeout
+    ),
     metrics=metrics,
     request_timeout=config.request_timeout,
     ambient=ambient,

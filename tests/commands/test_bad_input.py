@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -89,6 +90,31 @@ def test_a_missing_gin_file(exitax: RunCommand) -> None:
 def test_a_model_dir_that_cannot_be_written(exitax: RunCommand, tiny_gin: Path) -> None:
   outcome = exitax('train', f'--gin_file={tiny_gin}', f'--model_dir={tiny_gin / "m"}')
   assert_one_line(outcome, f'MODEL_DIR={tiny_gin / "m"} cannot be written to (Not a directory)')
+
+
+@pytest.mark.parametrize(
+  'command', ['evaluate', 'tune_confidence', 'advise', 'calibrate', 'benchmarks']
+)
+def test_results_that_cannot_be_written_are_told_before_the_work(
+  exitax: RunCommand, trained: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+  def refuse(**_) -> None:
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  def load(*_, **__) -> None:
+    raise AssertionError('the work has begun')
+
+  monkeypatch.setattr('exitax.commands.flags.tempfile.TemporaryFile', refuse)
+  monkeypatch.setattr(f'exitax.commands.{command}.load_model', load)
+  monkeypatch.setattr('exitax.commands.benchmarks.check_library', lambda: None)
+  tasks = ('evaluate', '--tasks=any') if command == 'benchmarks' else (command.replace('_', '-'),)
+  outcome = exitax(*tasks, f'--model_dir={trained}')
+  assert_one_line(outcome, 'cannot be written to (Permission denied): choose another')
+
+
+def test_an_output_that_is_a_file(exitax: RunCommand, trained: Path, tiny_gin: Path) -> None:
+  outcome = exitax('evaluate', f'--model_dir={trained}', f'--output={tiny_gin}')
+  assert_one_line(outcome, f'output={tiny_gin} cannot be written to (File exists)')
 
 
 def test_a_missing_model_dir(exitax: RunCommand, tiny_gin: Path) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from exitax.errors import UserError
+from exitax.serve import bind
+
 
 @pytest.mark.parametrize(
   ('flags', 'words'),
@@ -51,6 +54,20 @@ def test_a_taken_port_is_told_before_anything_is_compiled(exitax, trained: Path)
     outcome = exitax('serve', f'--model_dir={trained}', f'--port={port}')
   assert outcome.status == 2
   assert f'cannot listen on 127.0.0.1 port {port}' in outcome.err
+
+
+def test_of_two_servers_on_one_port_the_second_does_not_start():
+  with bind('127.0.0.1', 0) as first:
+    port = first.getsockname()[1]
+    with pytest.raises(UserError, match=f'cannot listen on 127.0.0.1 port {port}'):
+      bind('127.0.0.1', port)
+
+
+@pytest.mark.parametrize('host', ['é' * 70, 'a\0b', 'nowhere.invalid'])
+def test_names_of_no_machine(host: str):
+  with pytest.raises(UserError, match='cannot listen on .* give --host=127.0.0.1') as refused:
+    bind(host, 0)
+  assert str(refused.value).isprintable()
 
 
 def test_without_a_model(exitax):
