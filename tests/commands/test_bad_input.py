@@ -73,6 +73,47 @@ TRAIN_MISTAKES = {
 }
 
 
+# In parameters of every command, whichever is run.
+WRONG_TYPES = {
+  "GenerateConfig.max_new_tokens='x'": 'write a whole number',
+  'GenerateConfig.max_new_tokens=True': 'write a whole number',
+  'GenerateConfig.seed=1.5': 'write a whole number',
+  "GenerateConfig.temperature='a'": 'write a number or None',
+  "GenerateConfig.threshold=[0.1, 'a']": 'write a number or (a number, ...) or a text in quotes',
+  'GenerateConfig.top_k=2.5': 'write a whole number or None',
+  'ServeConfig.port=1.5': 'write a whole number',
+  'ServeConfig.host=3': 'write a text in quotes',
+  'ClassifierConfig.batches=1.5': 'write a whole number',
+  "CalibrateConfig.thresholds='a'": 'write (a number, ...)',
+  "AdviseConfig.thresholds='a'": 'write (a number, ...)',
+  'EvaluateConfig.confidence=3': "write 'max_prob' or 'margin'",
+  'DataConfig.mixture=5': 'write a text in quotes or @Task() or @Mixture()',
+  'Task.source=5': 'write a name with @',
+  "ShardingRules.overrides=('a',)": 'write ((a text in quotes, ',
+  "exits.layers=(1, 'b')": 'write (a whole number, ...)',
+}
+
+
+@pytest.mark.parametrize('binding', WRONG_TYPES)
+def test_values_of_another_type(exitax: RunCommand, binding: str) -> None:
+  outcome = exitax('generate', '--model_dir=unread', '--prompt=w1', f'--gin.{binding}')
+  assert_one_line(outcome, f'{binding}: {WRONG_TYPES[binding]}')
+
+
+@pytest.mark.parametrize(
+  'binding', ['threshold=[0.1, 0.2]', 'threshold=0', 'threshold=None', "threshold='certified'"]
+)
+def test_values_of_one_of_several_types(exitax: RunCommand, binding: str) -> None:
+  flags = ('--prompt=w1', f'--gin.GenerateConfig.{binding}')
+  assert_one_line(exitax('generate', '--model_dir=absent', *flags), 'model.json does not exist')
+
+
+def test_parameters_of_commands_are_suggested_too(exitax: RunCommand) -> None:
+  flags = ('--prompt=w1', '--gin.GenerateConfig.max_new_token=1')
+  outcome = exitax('generate', '--model_dir=unread', *flags)
+  assert_one_line(outcome, 'did you mean max_new_tokens?')
+
+
 @pytest.mark.parametrize('mistake', TRAIN_MISTAKES)
 def test_mistakes_in_a_run(
   exitax: RunCommand, tiny_gin: Path, tmp_path: Path, mistake: str
