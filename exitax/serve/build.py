@@ -50,6 +50,10 @@ def build_service(
   context = config.context(model_config.max_length)
   weights = choose(WeightFormat, config.weights, name='weights')
   cache_format = choose(CacheFormat, config.kv_cache, name='kv_cache')
+  if config.max_logprobs > model_config.vocab_size:
+    raise UserError(
+      f'max_logprobs={config.max_logprobs} exceeds the vocabulary of {model_config.vocab_size}'
+    )
   strategies = Strategies(
     model_config,
     confidence=config.confidence,
