@@ -83,7 +83,7 @@ def training_config(model_dir: Path) -> str:
   """What was in force when the model was trained, as gin: the text that commands score it on."""
   try:
     return (model_dir / CONFIG_FILE).read_text(encoding='utf-8')
-  except OSError:
+  except (OSError, UnicodeDecodeError) as error:
     raise CheckpointError(
-      f'{model_dir / CONFIG_FILE} cannot be read: it names the text to evaluate on'
+      f'{model_dir / CONFIG_FILE} cannot be read: it names the text to evaluate on ({error})'
     ) from None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -252,16 +253,23 @@ def _stream(model: LanguageModel, prompt: str, settings: dict[str, Any], console
 
 def _prompts(flags: argparse.Namespace) -> list[str]:
   prompts = list(flags.prompt)
-  if flags.prompt_file == '-':
-    prompts.append(sys.stdin.read())
-  elif flags.prompt_file:
+  if flags.prompt_file:
     try:
-      prompts.append(Path(flags.prompt_file).read_text(encoding='utf-8'))
+      prompts.append(_read_prompt(flags.prompt_file))
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'--prompt_file={flags.prompt_file} cannot be read: {error}') from None
   if not prompts:
     raise UserError("generate needs a prompt: --prompt='def main('")
   return prompts
+
+
+def _read_prompt(path: str) -> str:
+  if path != '-':
+    return Path(path).read_text(encoding='utf-8')
+  if sys.stdin is None:  # As after `<&-`.
+    raise OSError('standard input is closed')
+  # UTF-8 whatever the locale says, and no byte smuggled through as half of a pair.
+  return io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8').read()
 
 
 def _as_json(completion: TextCompletion) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,26 @@ def test_another_tokenizer(exitax: RunCommand, copy_of_trained: Path) -> None:
 def test_a_model_directory_that_is_none(exitax: RunCommand, tmp_path: Path) -> None:
   for command in (('inspect',), ('generate', '--prompt=w1'), ('evaluate',)):
     assert_one_line(exitax(*command, f'--model_dir={tmp_path}'), 'model.json does not exist')
+
+
+def test_a_configuration_that_is_not_text(exitax: RunCommand, copy_of_trained: Path) -> None:
+  (copy_of_trained / 'config.gin').write_bytes(b'\xff\xfe')
+  for command in ('evaluate', 'advise', 'calibrate', 'tune-confidence'):
+    outcome = exitax(command, f'--model_dir={copy_of_trained}')
+    assert_one_line(outcome, 'config.gin cannot be read: it names the text')
+
+
+@pytest.mark.parametrize(
+  ('given', 'reason'), [(b'\xff', "can't decode byte 0xff"), (None, 'standard input is closed')]
+)
+def test_a_prompt_from_standard_input_that_is_none(
+  exitax: RunCommand, monkeypatch: pytest.MonkeyPatch, given: bytes | None, reason: str
+) -> None:
+  stdin = None if given is None else io.TextIOWrapper(io.BytesIO(given), errors='surrogateescape')
+  monkeypatch.setattr(sys, 'stdin', stdin)
+  outcome = exitax('generate', '--model_dir=unread', '--prompt_file=-')
+  assert_one_line(outcome, '--prompt_file=- cannot be read: ')
+  assert reason in outcome.err
 
 
 def test_a_prompt_longer_than_the_context(exitax: RunCommand, trained: Path) -> None:

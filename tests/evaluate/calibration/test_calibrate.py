@@ -224,6 +224,11 @@ def test_prompt_files(tmp_path, corpus):
   json_lines.write_text('{"prompt": "tea"}\n{"text": "salt moss", "id": 3}\n')
   assert read(json_lines, tokenizer).prompts == drawn.prompts
   assert len(read(json_lines, tokenizer, examples=1)) == 1
+  json_lines.write_text('{"prompt": "a\u2028b\x85"}\n{"prompt": "c"}\n', encoding='utf-8')
+  assert [tokenizer.decode(prompt) for prompt in read(json_lines, tokenizer).prompts] == [
+    'a\u2028b\x85',
+    'c',
+  ]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +240,8 @@ def test_prompt_files(tmp_path, corpus):
     ('bad.jsonl', '{"prompt": "a"}\n{', 'bad.jsonl:2 is not JSON'),
     ('field.jsonl', '{"question": "a"}', "field.jsonl:1 has no text in 'prompt' or 'text'"),
     ('list.jsonl', '[1]', 'list.jsonl:1 has no text'),
+    ('deep.jsonl', '[' * 100_000, 'deep.jsonl:1 is not JSON'),
+    ('half.jsonl', '{"prompt": "a"}\n{"prompt": "\\ud800"}', 'half.jsonl:2: text has .* at 0'),
     ('void.jsonl', '{"prompt": ""}', 'void.jsonl:1 has no text: remove the line'),
   ],
 )
