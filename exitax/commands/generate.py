@@ -32,6 +32,7 @@ from rich.console import Console
 
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.commands.depths import coloured, depth_key, depth_summary
 from exitax.decode import Sampler, StrategySettings
 from exitax.errors import UserError
@@ -202,7 +203,7 @@ def run(flags: argparse.Namespace) -> int:
     kv_cache=config.kv_cache,
   )
   settings = config.settings(model)
-  console = Console(highlight=False, soft_wrap=True)
+  console = CommandConsole()
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):
     _stream(model, prompts[0], settings, console)
     return 0

@@ -15,12 +15,12 @@ import argparse
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from exitax.checkpoint import load_model, read_model, write_classifiers
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.commands.evaluate import training_config
 from exitax.data import DataConfig, build_data, progress_bar
 from exitax.errors import UserError
@@ -88,4 +88,4 @@ def _print(scores: tuple[ClassifierScore, ...], *, tokens: int) -> None:
   for score in scores:
     values = [f'{score.auroc[name]:.3f}' for name in measures]
     table.add_row(str(score.layer), f'{score.agreement:.1%}', *values)
-  Console(highlight=False).print(table)
+  CommandConsole(soft_wrap=False).print(table)

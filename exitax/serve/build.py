@@ -62,12 +62,16 @@ def build_service(
     num_top=config.max_logprobs,
     guarantee=_guarantee(loaded, config),
   )
-  classifiers = load_classifiers(loaded.directory, step=loaded.step, exits=model_config.depths[:-1])
-  if strategies.confidence is Confidence.CLASSIFIER and classifiers is None:
-    raise UserError(
-      'confidence=classifier needs classifiers, one per exit: train them with '
-      f'`exitax tune-confidence --model_dir={loaded.directory}`'
+  classifiers = None
+  if strategies.confidence is Confidence.CLASSIFIER:
+    classifiers = load_classifiers(
+      loaded.directory, step=loaded.step, exits=model_config.depths[:-1]
     )
+    if classifiers is None:
+      raise UserError(
+        'confidence=classifier needs classifiers, one per exit: train them with '
+        f'`exitax tune-confidence --model_dir={loaded.directory}`'
+      )
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )

@@ -81,7 +81,7 @@ def test_of_two_servers_on_one_port_the_second_does_not_start():
 
 @pytest.mark.parametrize('host', ['é' * 70, 'a\0b', 'nowhere.invalid'])
 def test_names_of_no_machine(host: str):
-  with pytest.raises(UserError, match='cannot listen on .* give --host=127.0.0.1') as refused:
+  with pytest.raises(UserError, match=r'cannot listen on .* give --host=127.0.0.1') as refused:
     bind(host, 0)
   assert str(refused.value).isprintable()
 

@@ -46,7 +46,9 @@ def test_free_slots_make_room(room: WaitingRoom):
 
 
 def test_what_could_never_enter_is_not_asked_to_try_again(room: WaitingRoom):
-  with pytest.raises(Refusal, match='6 prompts are more .* at once, 5 .* several requests') as refused:
+  with pytest.raises(
+    Refusal, match=r'6 prompts are more .* at once, 5 .* several requests'
+  ) as refused:
     room.enter(ticket(6), free_slots=2)
   assert (refused.value.status, refused.value.retry_after) == (400, None)
 

@@ -25,7 +25,7 @@ def test_other_keys(header: str | None):
 
 @pytest.mark.parametrize('key', ['', ' ', 'a b', 'a\n', 'sésame', '\udcff', 'a\x7f'])
 def test_keys_that_no_client_can_send(key: str):
-  with pytest.raises(UserError, match='^--api_key'):
+  with pytest.raises(UserError, match=r'^--api_key'):
     check_usable(key, name='--api_key')
   with pytest.raises(Refusal):
     check_key(f'Bearer x{key}', api_key=key)  # It never fails in another way.

@@ -17,6 +17,7 @@ from exitax.evaluate.calibration import (
   render_calibration,
   write_calibration,
 )
+from exitax.evaluate.calibration.picture import draw_calibration
 from tests.evaluate.conftest import make_loaded
 
 SMALL = CalibrateConfig(
@@ -158,6 +159,10 @@ def test_files(loaded, examples, one_device, tmp_path):
   assert content['decision']['threshold'] == report.decision.threshold
   assert content['config']['metric'] == 'token_agreement'
   assert content['statement'] == report.statement
+  low = tuple(dataclasses.replace(row, risk=0.01, bound=0.02) for row in report.decision.rows)
+  decision = dataclasses.replace(report.decision, rows=low)
+  figure = draw_calibration(dataclasses.replace(report, decision=decision))
+  assert figure.axes[0].get_ylim()[1] > report.config.risk  # The limit is in the picture.
 
 
 def test_a_model_without_exits_is_refused(corpus, one_device, examples):
