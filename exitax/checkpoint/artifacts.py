@@ -83,7 +83,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     raise CheckpointError(
       f'{path} cannot be read ({error.strerror}): mend its permissions or path'
     ) from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise CheckpointError(
       f'{path} is not valid JSON ({error}): restore the file from a copy, or train again'
     ) from error

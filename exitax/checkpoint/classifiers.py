@@ -13,6 +13,7 @@ import numpy as np
 
 from exitax.checkpoint.artifacts import write_bytes_atomic
 from exitax.checkpoint.certificate import checkpoint_digest
+from exitax.checkpoint.errors import CheckpointError
 
 CLASSIFIER_FILE = 'confidence.npz'
 _DIGEST = 'checkpoint_digest'
@@ -44,13 +45,23 @@ def write_classifiers(
 def load_classifiers(
   model_dir: str | os.PathLike[str], *, step: int, exits: Collection[int]
 ) -> dict[str, dict[str, np.ndarray]] | None:
-  """Classifiers of the exits after layers `exits`; None unless all are there for the weights of `step`."""
+  """Classifiers of the exits after layers `exits`; None unless all are there for the weights of `step`.
+
+  Raises:
+    CheckpointError: the file cannot be read, or is damaged.
+  """
   path = Path(model_dir) / CLASSIFIER_FILE
   try:
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
       content = {name: arrays[name] for name in arrays.files}
-  except (OSError, ValueError, zipfile.BadZipFile):
+  except FileNotFoundError:
     return None
+  except OSError as error:
+    raise CheckpointError(f'{path} cannot be read ({error.strerror}): mend it') from None
+  except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    raise CheckpointError(
+      f'{path} is damaged ({error}): run `exitax tune-confidence --model_dir={model_dir}` again'
+    ) from None
   if str(content.pop(_DIGEST, '')) != checkpoint_digest(model_dir, step=step):
     return None
   classifiers: dict[str, dict[str, np.ndarray]] = {}

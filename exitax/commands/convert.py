@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.progress import (
   BarColumn,
   DownloadColumn,
@@ -38,6 +37,7 @@ from rich.progress import (
 
 from exitax.checkpoint import LoadedModel, load_model
 from exitax.commands import flags as flag_groups
+from exitax.commands.console import CommandConsole
 from exitax.convert import (
   SHARD_BYTES,
   from_huggingface,
@@ -170,7 +170,7 @@ def _dtype(flags: argparse.Namespace) -> jnp.dtype | None:
 @contextlib.contextmanager
 def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
   """A bar of bytes on standard error, where that is a terminal."""
-  console = Console(stderr=True)
+  console = CommandConsole(stderr=True)
   columns = (TextColumn('{task.description}'), BarColumn(), DownloadColumn(), TimeRemainingColumn())
   with Progress(
     *columns, console=console, transient=True, disable=not console.is_terminal

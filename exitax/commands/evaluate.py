@@ -68,20 +68,22 @@ def evaluate_directory(
   model_dir: Path, *, step: int | None = None, output: str | None = None
 ) -> tuple[EvaluationReport, ReportFiles]:
   """Evaluates the model of a directory with what gin binds, and writes the results."""
+  folder = flag_groups.make_folder(output or model_dir / EVALUATION_FOLDER, name='output')
+  config = gin_config.build(EvaluateConfig)
   rules = gin_config.build(ShardingRules)
   mesh = make_mesh(gin_config.build(MeshConfig))
   loaded = load_model(model_dir, mesh=mesh, rules=rules, step=step)
   data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
   with use(mesh, rules):
-    report = evaluate(loaded, data, gin_config.build(EvaluateConfig), progress=progress_bar)
-  return report, write_report(report, output or model_dir / EVALUATION_FOLDER)
+    report = evaluate(loaded, data, config, progress=progress_bar)
+  return report, write_report(report, folder)
 
 
 def training_config(model_dir: Path) -> str:
   """What was in force when the model was trained, as gin: the text that commands score it on."""
   try:
     return (model_dir / CONFIG_FILE).read_text(encoding='utf-8')
-  except OSError:
+  except (OSError, UnicodeDecodeError) as error:
     raise CheckpointError(
-      f'{model_dir / CONFIG_FILE} cannot be read: it names the text to evaluate on'
+      f'{model_dir / CONFIG_FILE} cannot be read: it names the text to evaluate on ({error})'
     ) from None

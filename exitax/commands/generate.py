@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -31,6 +32,7 @@ from rich.console import Console
 
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.commands.depths import coloured, depth_key, depth_summary
 from exitax.decode import Sampler, StrategySettings
 from exitax.errors import UserError
@@ -201,7 +203,7 @@ def run(flags: argparse.Namespace) -> int:
     kv_cache=config.kv_cache,
   )
   settings = config.settings(model)
-  console = Console(highlight=False, soft_wrap=True)
+  console = CommandConsole()
   if len(prompts) == 1 and console.is_terminal and not (flags.json or flags.depths):
     _stream(model, prompts[0], settings, console)
     return 0
@@ -252,16 +254,23 @@ def _stream(model: LanguageModel, prompt: str, settings: dict[str, Any], console
 
 def _prompts(flags: argparse.Namespace) -> list[str]:
   prompts = list(flags.prompt)
-  if flags.prompt_file == '-':
-    prompts.append(sys.stdin.read())
-  elif flags.prompt_file:
+  if flags.prompt_file:
     try:
-      prompts.append(Path(flags.prompt_file).read_text(encoding='utf-8'))
+      prompts.append(_read_prompt(flags.prompt_file))
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'--prompt_file={flags.prompt_file} cannot be read: {error}') from None
   if not prompts:
     raise UserError("generate needs a prompt: --prompt='def main('")
   return prompts
+
+
+def _read_prompt(path: str) -> str:
+  if path != '-':
+    return Path(path).read_text(encoding='utf-8')
+  if sys.stdin is None:  # As after `<&-`.
+    raise OSError('standard input is closed')
+  # UTF-8 whatever the locale says, and no byte smuggled through as half of a pair.
+  return io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8').read()
 
 
 def _as_json(completion: TextCompletion) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import gin.config
 
 import gin
 from exitax import checkpoint, data, evaluate, models, objectives, parallel, training
+from exitax.commands.gin_types import allows, described, parameter_types
 from exitax.errors import UserError, choose
 from exitax.evaluate.advice import AdviseConfig
 from exitax.evaluate.calibration import CalibrateConfig
@@ -25,14 +26,8 @@ from exitax.layers import HeadKind, LoraConfig, RopeConfig
 Built = TypeVar('Built')
 
 _MACRO = 'gin.macro'
-# What a field's annotation lets a file write; fields of other types check their values themselves.
-_WRITTEN: Mapping[str, tuple[tuple[type, ...], str]] = {
-  'int': ((int,), 'a whole number'),
-  'float': ((int, float), 'a number'),
-  'bool': ((bool,), 'True or False'),
-  'str': ((str,), 'a text in quotes'),
-  'None': ((type(None),), 'None'),
-}
+# All that files may configure, by the name that they call it.
+_CONFIGURABLE: dict[str, Callable[..., Any]] = {}
 
 CONFIGURABLE_CLASSES: tuple[type, ...] = (
   models.ModelConfig,
@@ -139,6 +134,7 @@ def make_configurable(kind: Callable[..., Any], *, name: str | None = None) -> N
   """Makes a class or function known to gin, by its own name or another."""
   with gin.unlock_config():  # Commands are imported after others have run, as in tests.
     gin.external_configurable(kind, name=name, module='exitax')
+  _CONFIGURABLE[name or kind.__name__] = kind
 
 
 @functools.cache
@@ -147,7 +143,7 @@ def register() -> None:
   for item in (*CONFIGURABLE_CLASSES, exits, model_of, tokenizer_of, exit_weights, feature_length):
     make_configurable(item)
   # Commands register what they alone read, so that every file is valid for every command.
-  for command in ('train', 'generate', 'serve'):
+  for command in ('train', 'generate', 'serve', 'tune_confidence'):
     importlib.import_module(f'exitax.commands.{command}')
   # Files are files: gin would also look inside Python packages, and takes a folder of the same name
   # as `include 'runs/...'` in the current directory for one that it cannot read.
@@ -250,24 +246,26 @@ def _check_macros(config: Mapping[tuple[str, str], Any]) -> None:
 
 
 def _check_types(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-  kinds = {kind.__name__: kind for kind in CONFIGURABLE_CLASSES}
   for (_, selector), bound in config.items():
-    kind = kinds.get(selector.rsplit('.', 1)[-1])
-    for field in dataclasses.fields(kind) if kind and dataclasses.is_dataclass(kind) else ():
-      names = str(field.type).split(' | ')
-      if field.name not in bound or not set(names) <= set(_WRITTEN):
-        continue
-      value = bound[field.name]
-      while isinstance(value, gin.config.ConfigurableReference) and value.config_key in config:
-        if value.config_key[1] != _MACRO:
-          break
-        value = config[value.config_key]['value']
-      if isinstance(value, gin.config.ConfigurableReference):
-        continue
-      types = [t for name in names for t in _WRITTEN[name][0]]
-      if not isinstance(value, tuple(types)) or (isinstance(value, bool) and bool not in types):
-        wanted = ' or '.join(_WRITTEN[name][1] for name in names)
-        raise UserError(f'{selector.rsplit(".", 1)[-1]}.{field.name}={value!r}: write {wanted}')
+    name = selector.rsplit('.', 1)[-1]
+    types = parameter_types(_CONFIGURABLE[name]) if name in _CONFIGURABLE else {}
+    for parameter in bound.keys() & types.keys():
+      value = _without_macros(bound[parameter], config)
+      if not allows(types[parameter], value, is_reference=_is_reference):
+        raise UserError(f'{name}.{parameter}={value!r}: write {described(types[parameter])}')
+
+
+def _is_reference(value: Any) -> bool:
+  return isinstance(value, gin.config.ConfigurableReference)
+
+
+def _without_macros(value: Any, config: Mapping[tuple[str, str], Mapping[str, Any]]) -> Any:
+  """The value with macros replaced by theirs; one that is not set stays."""
+  if isinstance(value, (tuple, list)):
+    return type(value)(_without_macros(item, config) for item in value)
+  if _is_reference(value) and value.config_key[1] == _MACRO and value.config_key in config:
+    return _without_macros(config[value.config_key]['value'], config)
+  return value
 
 
 def _translate(error: Exception, bindings: Sequence[str]) -> UserError:
@@ -281,8 +279,7 @@ def _translate(error: Exception, bindings: Sequence[str]) -> UserError:
     return UserError(f'{kind} has no parameter {name}{_close(name, _parameters(kind))}')
   if match := re.search(r"No configurable matching '([^']+)'", message):
     name = match.group(1)
-    known = [kind.__name__ for kind in CONFIGURABLE_CLASSES]
-    return UserError(f'nothing called {name} can be configured{_close(name, known)}')
+    return UserError(f'nothing called {name} can be configured{_close(name, _CONFIGURABLE)}')
   if match := re.search(
     r'Required bindings for `?([\w.]+)`? not provided in config: (.*)', message
   ):
@@ -307,11 +304,9 @@ def _how_to_set(macro: str) -> str:
   return f'add {own_flags.get(macro, f"--gin.{macro}=VALUE")}'
 
 
-def _parameters(kind: str) -> list[str]:
-  for candidate in CONFIGURABLE_CLASSES:
-    if candidate.__name__ == kind.rsplit('.', 1)[-1] and dataclasses.is_dataclass(candidate):
-      return [field.name for field in dataclasses.fields(candidate)]
-  return []
+def _parameters(kind: str) -> Iterable[str]:
+  name = kind.rsplit('.', 1)[-1]
+  return parameter_types(_CONFIGURABLE[name]) if name in _CONFIGURABLE else ()
 
 
 def _close(name: str, known: Iterable[str]) -> str:

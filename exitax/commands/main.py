@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
   if name not in COMMANDS:
     raise UserError(f'no command {name!r}: choose {", ".join(COMMANDS)} (exitax --help)')
   command = importlib.import_module(f'exitax.commands.{name.replace("-", "_")}')
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog=f'exitax {name}',
     description=command.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,6 +64,13 @@ def _run(arguments: list[str]) -> int:
   flags = parser.parse_args(own)
   flags.gin_bindings = bindings
   return command.run(flags)
+
+
+class _Parser(argparse.ArgumentParser):
+  """Tells a mistake in one line, as every other mistake is told, without all flags before it."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message}; see {self.prog} --help')
 
 
 def _split_bindings(arguments: list[str]) -> tuple[list[str], list[str]]:

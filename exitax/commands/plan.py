@@ -24,6 +24,7 @@ from rich.console import Console
 from exitax.checkpoint import write_bytes_atomic
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.errors import UserError
 from exitax.parallel import format_bytes
 from exitax.planning import (
@@ -97,7 +98,7 @@ def run(flags: argparse.Namespace) -> int:
     flags, text="include 'runs/pretrain.gin'", bind_model_dir=False, if_required=_UNREAD
   )
   run_config = gin_config.build(RunConfig)
-  console = Console(highlight=False, soft_wrap=True)
+  console = CommandConsole()
   if flags.search:
     return _search(run_config, target, flags, console)
   return _plan(run_config, target, flags, console)

@@ -13,10 +13,9 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.commands.evaluate import evaluate_directory
 from exitax.commands.generate import show
 from exitax.commands.train import TrainCommand, launch
@@ -44,7 +43,7 @@ def run(flags: argparse.Namespace) -> int:
   flag_groups.start_jax(flags)
   flags.gin_file = [RUN_FILE, *flags.gin_file]
   flag_groups.parse_gin(flags, bind_model_dir=True)
-  console = Console(highlight=False, soft_wrap=True)
+  console = CommandConsole()
   model_dir = Path(flags.model_dir)
   _headline(console, f'1. Training into {model_dir}')
   with ConsoleDisplay(console) as display:
@@ -80,6 +79,6 @@ def run(flags: argparse.Namespace) -> int:
   return 0
 
 
-def _headline(console: Console, text: str) -> None:
+def _headline(console: CommandConsole, text: str) -> None:
   console.print()
   console.print(text, style='bold', markup=False)

@@ -104,7 +104,7 @@ def run(flags: argparse.Namespace) -> int:
   config = dataclasses.replace(config, **given)
   _check_extra()
 
-  api_key = flags.api_key or os.environ.get(API_KEY_VARIABLE) or None
+  api_key = _api_key(flags)
   bound = serve.bind(config.host, config.port)
   with bound:
     start = time.perf_counter()
@@ -140,6 +140,15 @@ def _say_ready(service: serve.Service, address: str, *, seconds: float) -> None:
     f'strategies {", ".join(service.strategies.plans)}; ready after {seconds:.0f} s'
   )
   print(f'serving at {address} (page at /, OpenAI clients at /v1); Ctrl-C ends', flush=True)
+
+
+def _api_key(flags: argparse.Namespace) -> str | None:
+  name, key = '--api_key', flags.api_key
+  if key is None:
+    name, key = API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE)
+  if key is not None:
+    serve.check_usable(key, name=name)
+  return key
 
 
 def _check_extra() -> None:

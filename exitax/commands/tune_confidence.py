@@ -15,12 +15,12 @@ import argparse
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from exitax.checkpoint import load_model, read_model, write_classifiers
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.commands.evaluate import training_config
 from exitax.data import DataConfig, build_data, progress_bar
 from exitax.errors import UserError
@@ -53,6 +53,7 @@ def run(flags: argparse.Namespace) -> int:
   read_model(model_dir)
   flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
   config = gin_config.build(ClassifierConfig)
+  flag_groups.make_folder(model_dir, name='model_dir')
   mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), ShardingRules()
   loaded = load_model(model_dir, mesh=mesh, rules=rules, step=flags.step)
   exits = loaded.model.config.exits
@@ -87,4 +88,4 @@ def _print(scores: tuple[ClassifierScore, ...], *, tokens: int) -> None:
   for score in scores:
     values = [f'{score.auroc[name]:.3f}' for name in measures]
     table.add_row(str(score.layer), f'{score.agreement:.1%}', *values)
-  Console(highlight=False).print(table)
+  CommandConsole(soft_wrap=False).print(table)

@@ -74,7 +74,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_bytes())
   except FileNotFoundError:
     raise UserError(f'no {path.name} in {path.parent}: give a Hugging Face model folder') from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} is not JSON ({error}): fetch it again') from None
   if not isinstance(content, dict):
     raise UserError(f'{path} is not a JSON object: fetch it again')

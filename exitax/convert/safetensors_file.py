@@ -160,7 +160,7 @@ def _read_json(path: Path, size: int) -> tuple[dict[str, Any], int]:
       )
     try:
       header = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(
         f'{path} has no readable safetensors header ({error}): fetch it again'
       ) from None

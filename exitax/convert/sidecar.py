@@ -42,7 +42,7 @@ def with_exits(config: ModelConfig, folder: Path) -> tuple[ModelConfig, Mapping[
     content: Any = json.loads(read_metadata(path)['exitax'])
     exits = tuple(ExitConfig(**item) for item in content['exits'])
     known = content['format'] == _FORMAT
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, RecursionError) as error:
     raise UserError(f'{path} does not say where its exits are ({error}): convert again') from None
   if not known:
     raise UserError(

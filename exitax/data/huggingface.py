@@ -250,8 +250,10 @@ def _named_specials(folder: Path) -> dict[str, str]:
       continue
     try:
       values = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f'{path} is not JSON ({error}): mend or remove it') from None
+    if not isinstance(values, dict):
+      raise UserError(f'{path} is not a JSON object: mend or remove it')
     for key in ('bos_token', 'eos_token', 'pad_token'):
       value = values.get(key)
       content = value.get('content') if isinstance(value, dict) else value

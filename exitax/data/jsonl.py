@@ -55,7 +55,7 @@ def parse_line(line: bytes, *, field: str, name: str) -> str:
     raise UserError(
       f'{name}: not JSON ({error.msg} at column {error.colno}); mend or remove the line'
     ) from None
-  except ValueError as error:  # For example an integer of too many digits.
+  except (ValueError, RecursionError) as error:  # Such as too many digits, or brackets.
     raise UserError(f'{name}: not readable as JSON ({error}); mend or remove the line') from None
   if not isinstance(record, dict):
     raise UserError(f'{name}: a JSON {type(record).__name__}, need an object with {field!r}')

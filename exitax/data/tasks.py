@@ -98,6 +98,8 @@ class Registry:
       entry = self.get(entry)
     if isinstance(entry, Task):
       return Mixture(name=entry.name, tasks=(WeightedTask(task=entry),))
+    if not isinstance(entry, Mixture):
+      raise UserError(f'mixture={entry!r} is no task or mixture: give one, or the name of one')
     items = tuple(
       WeightedTask(task=self._task(item.task, mixture=entry.name), weight=item.weight)
       for item in entry.tasks

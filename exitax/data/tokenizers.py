@@ -201,7 +201,7 @@ def check_tokenizer(tokenizer: Tokenizer, *, expected_digest: str, where: str = 
 def _read_info(path: Path) -> dict[str, Any]:
   try:
     info = json.loads(read_bytes(path))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is damaged ({error}): restore it from its checkpoint') from None
   if not isinstance(info, dict):
     raise UserError(f'{path} is damaged (not an object): restore it from its checkpoint')

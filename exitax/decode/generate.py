@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -228,7 +229,7 @@ def _start(
       'sampler', [sampler] * rows if isinstance(sampler, Sampler) else sampler, rows
     ),
     stop_tokens=stop_tokens,
-    seeds=_per_row('seed', range(seed, seed + rows) if isinstance(seed, int) else seed, rows),
+    seeds=_seeds(seed, rows),
     budgets=[max_new_tokens] * rows,
   )
   params = policy.plan(config).placement.prepare_params(model, params)
@@ -294,6 +295,17 @@ def _per_row(name: str, values: Sequence[Any], rows: int) -> Sequence[Any]:
   if len(values) != rows:
     raise UserError(f'{len(values)} values of {name} for {rows} prompts: give one each, or one')
   return values
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> Sequence[int]:
+  """One seed per row; a single one counts up."""
+  try:
+    if np.ndim(seed):
+      return _per_row('seed', [operator.index(item) for item in seed], rows)  # type: ignore
+    first = operator.index(seed)  # type: ignore[arg-type]
+  except TypeError:
+    raise UserError(f'seed={seed!r} is no whole number: give one, or one per prompt') from None
+  return range(first, first + rows)
 
 
 def _round_up(number: int, multiple: int) -> int:

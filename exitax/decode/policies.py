@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, SupportsFloat, cast
+
+import numpy as np
 
 from exitax.decode.acceptance import Acceptance
 from exitax.decode.confidence import OF_SCORES, Confidence
@@ -67,7 +70,7 @@ class ThresholdExit:
     num_top: alternatives whose log-probabilities are recorded per token.
   """
 
-  threshold: float | tuple[float, ...]
+  threshold: float | Sequence[float]
   confidence: Confidence = Confidence.MAX_PROB
   layers: tuple[int, ...] | None = None
   patience: int = 2
@@ -81,16 +84,14 @@ class ThresholdExit:
       UserError: a threshold outside [0, 1], or not one per exit.
     """
     num_exits = len(chosen_exits(config, self.layers))
-    values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * num_exits
+    if np.ndim(self.threshold) == 0:
+      return (_checked_threshold(self.threshold),) * num_exits
+    values = tuple(cast(Sequence[float], self.threshold))
     if len(values) != num_exits:
       raise UserError(
         f'{len(values)} thresholds for {num_exits} exits: give one for all or one per exit'
       )
-    checked = (self.threshold,) if not isinstance(self.threshold, tuple) else values
-    for value in checked:
-      if not 0.0 <= value <= 1.0:
-        raise UserError(f'threshold={value} is outside [0, 1]: 0 exits first, 1 never exits early')
-    return values
+    return tuple(map(_checked_threshold, values))
 
   def _plan(
     self, config: ModelConfig, filling: Filling, pending_capacity: int, record: Record
@@ -313,6 +314,14 @@ def chosen_exits(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[E
       listed = ', '.join(map(str, known)) or 'none'
       raise UserError(f'no exit at layer {layer}: the model has exits at layers {listed}')
   return tuple(known[layer] for layer in sorted(set(layers)))
+
+
+def _checked_threshold(value: object) -> float:
+  if not isinstance(value, SupportsFloat):
+    raise UserError(f'threshold={value!r} is no number: give one in [0, 1]')
+  if not 0.0 <= float(value) <= 1.0:
+    raise UserError(f'threshold={value} is outside [0, 1]: 0 exits first, 1 never exits early')
+  return float(value)
 
 
 def _num_stages() -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from exitax.decode.state import Requests
 from exitax.errors import UserError
+
+# What the arrays of `Requests` hold.
+_HOTTEST = 3e38
+_LARGEST_TOP_K = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +37,10 @@ class Sampler:
   min_p: float = 0.0
 
   def __post_init__(self) -> None:
-    if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
-      raise UserError(f'temperature={self.temperature} must be finite and at least 0 (0: greedy)')
-    if self.top_k < 0:
-      raise UserError(f'top_k={self.top_k} must be at least 0 (0 keeps all tokens)')
+    if not 0.0 <= self.temperature <= _HOTTEST:
+      raise UserError(f'temperature={self.temperature} is outside 0 (greedy) to {_HOTTEST:g}')
+    if not 0 <= self.top_k <= _LARGEST_TOP_K:
+      raise UserError(f'top_k={self.top_k} is outside 0 (all tokens) to {_LARGEST_TOP_K}')
     if not 0.0 < self.top_p <= 1.0:
       raise UserError(f'top_p={self.top_p} is outside (0, 1]: 1 keeps all tokens')
     if not 0.0 <= self.min_p <= 1.0:

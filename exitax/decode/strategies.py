@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 from exitax.decode.acceptance import Acceptance
 from exitax.decode.confidence import Confidence
@@ -54,7 +55,7 @@ class StrategySettings:
   """
 
   strategy: Strategy | str | None = None
-  threshold: float | tuple[float, ...] | None = None
+  threshold: float | Sequence[float] | None = None
   confidence: Confidence | str = Confidence.MAX_PROB
   patience: int = 2
   decay: float = 0.0
@@ -76,16 +77,25 @@ class StrategySettings:
       UserError: a strategy that the model cannot do, or settings that the strategy does not have.
     """
     strategy = self._strategy(config)
-    drafts = self.exit_layer is not None or self.num_drafts is not None
     if strategy is not Strategy.FULL and not config.exits:
       raise UserError(
         f'strategy={strategy.value} needs exits, and this model has none: use strategy=full'
       )
-    if drafts and strategy is not Strategy.SPECULATIVE:
-      raise UserError(f'exit_layer and num_drafts belong to speculation, not to {strategy.value}')
+    if strategy is not Strategy.SPECULATIVE:
+      self._check_unset('exit_layer', 'num_drafts', 'acceptance', of='speculation', not_to=strategy)
     if strategy in (Strategy.FULL, Strategy.SPECULATIVE):
       return self._lossless(strategy)
     return self._at_threshold(strategy)
+
+  def _check_unset(self, *names: str, of: str, not_to: Strategy) -> None:
+    """Refuses what was set and does nothing, rather than let it be believed to act."""
+    for name in names:
+      value, default = getattr(self, name), getattr(StrategySettings(), name)
+      if value != default:
+        shown = value.value if isinstance(value, enum.Enum) else value
+        raise UserError(
+          f'{name}={shown} belongs to {of}, not to strategy={not_to.value}: leave it out'
+        )
 
   def _strategy(self, config: ModelConfig) -> Strategy:
     if self.strategy is not None:
@@ -100,6 +110,7 @@ class StrategySettings:
         f'threshold={self.threshold} has no use in strategy={strategy.value}, which changes no '
         'token: leave it out, or use strategy=deferred'
       )
+    self._check_unset('patience', 'decay', of='strategies with a threshold', not_to=strategy)
     measure = choose(Confidence, self.confidence, name='confidence')
     if strategy is Strategy.FULL:
       return FullDepth(confidence=measure, num_top=self.num_top)

@@ -47,8 +47,17 @@ class PromptDecoder:
     *,
     new_tokens: int,
     confidence: Confidence,
+    settings_prefix: str = '',
   ) -> None:
     """Keeps a copy of the parameters in the layout of decoding.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      prompts: token ids, at least one each.
+      new_tokens: tokens to generate after each.
+      confidence: what thresholds are compared with.
+      settings_prefix: what the caller's settings have before `prompt_tokens` and `new_tokens`.
 
     Raises:
       UserError: prompts and new tokens do not fit the model's context.
@@ -56,8 +65,8 @@ class PromptDecoder:
     longest = max(map(len, prompts))
     if longest + new_tokens > model.config.max_length:
       raise UserError(
-        f'speed_prompt_tokens={longest} plus speed_new_tokens={new_tokens} exceeds the context of '
-        f'{model.config.max_length}: lower one of them'
+        f'{settings_prefix}prompt_tokens={longest} plus {settings_prefix}new_tokens={new_tokens} '
+        f'exceeds the context of {model.config.max_length}: lower one of them'
       )
     self._model = model
     self._params = prepare_params(model, params)

@@ -107,6 +107,7 @@ def _decoder(loaded: LoadedModel, data: Data, config: EvaluateConfig) -> PromptD
     held_out_prompts(data, count=config.speed_prompts, num_tokens=config.speed_prompt_tokens),
     new_tokens=config.speed_new_tokens,
     confidence=config.measures[0],
+    settings_prefix='speed_',
   )
 
 

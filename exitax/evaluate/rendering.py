@@ -55,7 +55,7 @@ def _threshold_table(report: EvaluationReport) -> str:
     header += ['tokens/s', 'speed-up', 'same text']
     title += (
       f'; speed of {speed.prompts} prompts x {speed.new_tokens} new tokens, one at a time, '
-      f'median of {speed.repeats}'
+      f'median of {speed.repeats} (speed-up: of the ratio within each repeat)'
     )
   return f'{title}\n' + table(header, rows)
 

@@ -350,17 +350,19 @@ class LanguageModel:
 
   def _prepared(self, policy: ExitPolicy) -> Params:
     """Parameters for a policy, under the model's mesh; kept for those that lie alike."""
-    placement = policy.plan(self.config).placement
-    if placement not in self._decode_params:
-      loaded = self._loaded
-      prepared = placement.prepare_params(loaded.model, self.params, weights=self._weights)
+    plan, loaded = policy.plan(self.config), self._loaded
+    if plan.placement not in self._decode_params:
+      self._decode_params[plan.placement] = plan.placement.prepare_params(
+        loaded.model, self.params, weights=self._weights
+      )
+    prepared = self._decode_params[plan.placement]
+    if plan.confidence is Confidence.CLASSIFIER:
       classifiers = load_classifiers(
         loaded.directory, step=loaded.step, exits=self.config.depths[:-1]
       )
       if classifiers is not None:
-        prepared = {**prepared, 'confidence': classifiers}
-      self._decode_params[placement] = prepared
-    return self._decode_params[placement]
+        return {**prepared, 'confidence': classifiers}
+    return prepared
 
   def _as_text(self, prompt: str, completion: Completion) -> TextCompletion:
     tokens = completion.tokens.tolist()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from exitax.decode import StopReason
 from exitax.objectives import ExitScore
 
 # A text is `checkpoint.CERTIFIED`.
-Threshold = float | tuple[float, ...] | str | None
+Threshold = float | Sequence[float] | str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

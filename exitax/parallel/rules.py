@@ -18,7 +18,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -190,8 +190,17 @@ def spec_for_shape(
   mesh: Mesh | AbstractMesh,
   rules: ShardingRules,
   name: str,
+  common: Mapping[MeshAxes, int] | None = None,
 ) -> PartitionSpec:
   """The spec of one array of known shape, uneven dimensions replicated where the rules allow it.
+
+  Args:
+    shape: of the array.
+    axes: logical names.
+    mesh: the mesh to shard over.
+    rules: which mesh axis shards which name.
+    name: of the array, for messages.
+    common: `common_divisors` of the tree that it belongs to: what messages can recommend.
 
   Raises:
     UserError: a mesh size does not divide a dimension, ranks differ, unknown name, collision.
@@ -203,9 +212,28 @@ def spec_for_shape(
     mesh_axes = rules.mesh_axes(axis)
     divides = size % _shards(mesh_axes, mesh) == 0
     if not divides and axis not in rules.replicate_if_uneven:
-      raise UserError(f'{name}: {_uneven(size, str(axis), mesh_axes, mesh)}')
+      largest = (common or {}).get(mesh_axes, size)
+      raise UserError(f'{name}: {_uneven(size, str(axis), mesh_axes, mesh, largest)}')
     entries.append(mesh_axes if divides else ())
   return _spec(entries)
+
+
+def common_divisors(
+  arrays: Iterable[tuple[Sequence[int], Sequence[str | None]]], rules: ShardingRules
+) -> dict[MeshAxes, int]:
+  """For each choice of mesh axes, the largest number that divides all dimensions that they shard.
+
+  Args:
+    arrays: shape and logical names of each.
+    rules: which mesh axis shards which name.
+  """
+  common: dict[MeshAxes, int] = {}
+  for shape, axes in arrays:
+    for size, axis in zip(shape, axes, strict=False):  # Ranks that differ are told elsewhere.
+      if axis not in rules.replicate_if_uneven:
+        mesh_axes = rules.mesh_axes(axis)
+        common[mesh_axes] = math.gcd(common.get(mesh_axes, 0), size)
+  return common
 
 
 def even_spec(
@@ -239,9 +267,11 @@ def _shards(mesh_axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in mesh_axes)
 
 
-def _uneven(size: int, axis: str, mesh_axes: MeshAxes, mesh: Mesh | AbstractMesh) -> str:
+def _uneven(
+  size: int, axis: str, mesh_axes: MeshAxes, mesh: Mesh | AbstractMesh, largest: int
+) -> str:
   sizes = ' x '.join(f'{mesh_axis}={mesh.shape[mesh_axis]}' for mesh_axis in mesh_axes)
-  choices = [d for d in divisors(size) if d <= max(mesh.size, 8)]
+  choices = [d for d in divisors(largest) if d <= max(mesh.size, 8)]
   return (
     f'{sizes} does not divide {_SIZE_NAMES.get(axis, axis)}={size}: choose {join_choices(choices)}'
   )

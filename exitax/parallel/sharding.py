@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from exitax.errors import UserError
 from exitax.parallel.batch_blocks import BatchBlocks, batch_blocks
-from exitax.parallel.rules import ShardingRules, logical_to_spec, spec_for_shape
+from exitax.parallel.rules import ShardingRules, common_divisors, logical_to_spec, spec_for_shape
 
 PyTree = Any
 
@@ -41,9 +41,14 @@ def tree_shardings(
   """
   leaves, treedef = jax.tree.flatten_with_path(abstract_tree)
   axes_leaves = treedef.flatten_up_to(logical_axes_tree)
-  shardings = [
-    NamedSharding(mesh, spec_for_shape(leaf.shape, tuple(axes), mesh, rules, path_name(path)))
+  named = [
+    (path_name(path), leaf.shape, tuple(axes))
     for (path, leaf), axes in zip(leaves, axes_leaves, strict=True)
+  ]
+  common = common_divisors([(shape, axes) for _, shape, axes in named], rules)
+  shardings = [
+    NamedSharding(mesh, spec_for_shape(shape, axes, mesh, rules, name, common))
+    for name, shape, axes in named
   ]
   return treedef.unflatten(shardings)
 

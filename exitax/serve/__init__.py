@@ -14,7 +14,7 @@ if TYPE_CHECKING:
   from exitax.serve.build import build_service
   from exitax.serve.config import ServeConfig
   from exitax.serve.engine import Engine
-  from exitax.serve.security import is_loopback
+  from exitax.serve.security import check_usable, is_loopback
   from exitax.serve.server import address_of, bind, serve
   from exitax.serve.service import Service
 
@@ -29,6 +29,7 @@ _NAMES = {
   # HTTP.
   'address_of': 'server',
   'bind': 'server',
+  'check_usable': 'security',
   'create_app': 'app',
   'is_loopback': 'security',
   'serve': 'server',
@@ -41,6 +42,7 @@ __all__ = [
   'address_of',
   'bind',
   'build_service',
+  'check_usable',
   'create_app',
   'is_loopback',
   'serve',

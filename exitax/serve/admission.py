@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from exitax.serve.jobs import Failure, Job, Ticket
-from exitax.serve.refusals import Refusal, queue_full
+from exitax.serve.refusals import Refusal, bad_request, queue_full
 
 
 class WaitingRoom:
@@ -17,9 +17,15 @@ class WaitingRoom:
   the first of them has been taken, the rest stay as long as it takes.
   """
 
-  def __init__(self, *, capacity: int, queue_timeout: float) -> None:
-    """Starts empty; `capacity` is in prompts."""
-    self._capacity, self._queue_timeout = capacity, queue_timeout
+  def __init__(self, *, capacity: int, slots: int, queue_timeout: float) -> None:
+    """Starts empty.
+
+    Args:
+      capacity: prompts that may wait.
+      slots: prompts beyond the capacity that an idle engine would take at once.
+      queue_timeout: seconds that a ticket waits at most.
+    """
+    self._capacity, self._slots, self._queue_timeout = capacity, slots, queue_timeout
     self._waiting: collections.deque[tuple[Ticket, Job]] = collections.deque()
     self._lock = threading.Lock()
 
@@ -34,10 +40,17 @@ class WaitingRoom:
       free_slots: prompts beyond the capacity that would be taken at once.
 
     Raises:
-      Refusal: 429, the queue is full.
+      Refusal: 429, the queue is full; 400, even an empty one would not hold them.
     """
+    count, most = len(ticket.jobs), self._capacity + self._slots
+    if count > most:
+      raise bad_request(
+        f'{count} prompts are more than this server holds at once, {most} (--max_queue and '
+        '--num_slots): send them in several requests',
+        param='prompt',
+      )
     with self._lock:
-      if len(self._waiting) + len(ticket.jobs) > self._capacity + free_slots:
+      if len(self._waiting) + count > self._capacity + free_slots:
         raise queue_full(len(self._waiting), self._capacity, retry_after=1)
       self._waiting.extend((ticket, job) for job in ticket.jobs)
 

@@ -29,6 +29,7 @@ from exitax.decode import (
 from exitax.decode.state import NO_TOKEN
 from exitax.models import ExitLM, Params
 from exitax.serve.jobs import Job
+from exitax.serve.memory import check_slots
 from exitax.serve.prefix_cache import PrefixCache
 
 # Widths of the windows in which prompts are prefilled: a prompt's last one is the smallest that
@@ -90,13 +91,18 @@ class SlotBatch:
       capacity: tokens of a row at most, prompt included.
       prefix_bytes: what the prefix cache may hold.
       cache_format: how keys and values are kept.
+
+    Raises:
+      UserError: they do not fit into memory.
     """
     self._cache_format = cache_format
     self._model, self._params, self._plans = model, params, tuple(dict.fromkeys(plans))
     self._visibility = Causal(model.config.sliding_window)
     overhang = max(plan.overhang for plan in plans)
-    self.columns = -(-(capacity + overhang) // WINDOWS[0]) * WINDOWS[0]
+    columns = -(-(capacity + overhang) // WINDOWS[0]) * WINDOWS[0]
+    self.columns = max(columns, PREFIX_CHUNK)  # Programs copy whole chunks.
     self.num_slots, self.capacity = num_slots, capacity
+    check_slots(lambda: self._empty(1), num_slots=num_slots, columns=self.columns)
     self._state = self._empty(num_slots)
     cache = self._state.cache
     sizes = (leaf.nbytes for leaf in jax.tree.leaves((cache.layers, cache.heads)))

@@ -50,6 +50,10 @@ def build_service(
   context = config.context(model_config.max_length)
   weights = choose(WeightFormat, config.weights, name='weights')
   cache_format = choose(CacheFormat, config.kv_cache, name='kv_cache')
+  if config.max_logprobs > model_config.vocab_size:
+    raise UserError(
+      f'max_logprobs={config.max_logprobs} exceeds the vocabulary of {model_config.vocab_size}'
+    )
   strategies = Strategies(
     model_config,
     confidence=config.confidence,
@@ -58,12 +62,16 @@ def build_service(
     num_top=config.max_logprobs,
     guarantee=_guarantee(loaded, config),
   )
-  classifiers = load_classifiers(loaded.directory, step=loaded.step, exits=model_config.depths[:-1])
-  if strategies.confidence is Confidence.CLASSIFIER and classifiers is None:
-    raise UserError(
-      'confidence=classifier needs classifiers, one per exit: train them with '
-      f'`exitax tune-confidence --model_dir={loaded.directory}`'
+  classifiers = None
+  if strategies.confidence is Confidence.CLASSIFIER:
+    classifiers = load_classifiers(
+      loaded.directory, step=loaded.step, exits=model_config.depths[:-1]
     )
+    if classifiers is None:
+      raise UserError(
+        'confidence=classifier needs classifiers, one per exit: train them with '
+        f'`exitax tune-confidence --model_dir={loaded.directory}`'
+      )
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
@@ -87,7 +95,9 @@ def build_service(
   engine = Engine(
     batch,
     plans=strategies.plans,
-    room=WaitingRoom(capacity=config.max_queue, queue_timeout=config.queue_timeout),
+    room=WaitingRoom(
+      capacity=config.max_queue, slots=config.num_slots, queue_timeout=config.queue_timeout
+    ),
     metrics=metrics,
     request_timeout=config.request_timeout,
     ambient=ambient,

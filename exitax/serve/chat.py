@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from exitax.checkpoint import read_json
 from exitax.errors import UserError
 from exitax.serve.refusals import bad_request
 
@@ -93,9 +94,11 @@ def load_chat_template(path: str | None, *, tokenizer_folder: Path) -> ChatTempl
     return ChatTemplate(_read(beside, name='chat template'), where=str(beside))
   config = tokenizer_folder / CONFIG_FILE
   if config.is_file():
-    template = json.loads(_read(config, name='tokenizer configuration')).get('chat_template')
-    if isinstance(template, str):
-      return ChatTemplate(template, where=str(config))
+    content = read_json(config)
+    if not isinstance(content, dict):
+      raise UserError(f'{config} is not a JSON object: mend or remove it')
+    if isinstance(content.get('chat_template'), str):
+      return ChatTemplate(content['chat_template'], where=str(config))
   return ChatTemplate(PLAIN_TEMPLATE, where='(plain)', stops=PLAIN_STOPS)
 
 

@@ -52,12 +52,15 @@ class ServeConfig:
   chat_template: str | None = None
 
   def __post_init__(self) -> None:
+    if not self.host:
+      # The operating system would take it for every address of this machine.
+      raise UserError('host is empty: give 127.0.0.1 for this machine alone, 0.0.0.0 for all')
     if not 0 <= self.port <= 65535:
       raise UserError(f'port={self.port} is outside 0 to 65535 (0 takes any that is free)')
     if self.num_slots < 1:
       raise UserError(f'num_slots={self.num_slots} must be at least 1')
     for name in ('capacity', 'max_queue', 'drain_timeout', 'prefix_cache_bytes', 'max_logprobs'):
-      if getattr(self, name) < 0:
+      if not getattr(self, name) >= 0:
         raise UserError(f'{name}={getattr(self, name)} must be at least 0')
     for name in ('queue_timeout', 'request_timeout'):
       if not getattr(self, name) > 0:

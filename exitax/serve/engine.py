@@ -97,7 +97,7 @@ class Engine:
       deliver: called by the engine's thread with each event; must not block.
 
     Raises:
-      Refusal: 429, the queue is full; 503, the engine is leaving.
+      Refusal: 429, the queue is full; 400, it could never hold them; 503, the engine is leaving.
       ValueError: a job is longer than a slot.
     """
     if any(len(job.prompt) + job.budget > self._batch.capacity for job in jobs):

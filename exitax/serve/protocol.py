@@ -100,12 +100,24 @@ class TextPart(_Strict):
   text: str
 
 
+_Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(_Strict):
-  """A message of a chat."""
+  """A message of a chat.
+
+  Answers come back to a server as its client keeps them, with fields that hold nothing: those are taken.
+  """
 
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: str | list[TextPart]
   name: str | None = None
+  # Taken if they ask for nothing.
+  refusal: None = None
+  audio: None = None
+  function_call: None = None
+  tool_calls: _Nothing = None
+  annotations: _Nothing = None
 
   def for_template(self) -> dict[str, Any]:
     """What chat templates read: text in one piece."""
@@ -130,7 +142,7 @@ class ChatRequest(_Generation):
   logprobs: bool | None = None
   top_logprobs: Annotated[int, Field(ge=0)] | None = None
   response_format: ResponseFormat | None = None
-  tools: Annotated[list[Any], Field(max_length=0)] | None = None
+  tools: _Nothing = None
   tool_choice: Literal['none', 'auto'] | None = None
   modalities: list[Literal['text']] | None = None
 

@@ -15,20 +15,27 @@ from exitax.serve.engine import Engine
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """A socket bound to an address, before anything slow happens.
+  """A socket that listens on an address, before anything slow happens.
+
+  It listens already: of two sockets that are only bound, the second would learn of the first when
+  everything is compiled.
 
   Raises:
-    UserError: the address is taken, or not this machine's.
+    UserError: the address is taken, not this machine's, or none at all.
   """
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
   bound = socket.socket(family, socket.SOCK_STREAM)
   bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     bound.bind((host, port))
-  except OSError as error:
+    bound.listen()
+  except (OSError, UnicodeError, TypeError, ValueError) as error:  # Names that are none, too.
     bound.close()
-    reason = error.strerror or str(error)
-    raise UserError(f'cannot listen on {host} port {port}: {reason}; try --port=0') from None
+    reason = getattr(error, 'strerror', None) or error
+    found = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
+    fix = 'try --port=0' if found else 'give --host=127.0.0.1, or another address of this machine'
+    shown = ascii(host)[1:-1]
+    raise UserError(f'cannot listen on {shown} port {port}: {reason}; {fix}') from None
   return bound
 
 

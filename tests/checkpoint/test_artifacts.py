@@ -45,7 +45,12 @@ def test_the_file_has_the_usual_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
   ('content', 'message'),
-  [(None, 'does not exist'), (b'{"a": ', 'not valid JSON'), (b'\xff\xfe', 'not valid JSON')],
+  [
+    (None, 'does not exist'),
+    (b'{"a": ', 'not valid JSON'),
+    (b'\xff\xfe', 'not valid JSON'),
+    (b'[' * 100_000, 'not valid JSON'),
+  ],
 )
 def test_unreadable_json_is_the_users_error(
   tmp_path: Path, content: bytes | None, message: str

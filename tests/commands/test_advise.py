@@ -31,7 +31,7 @@ def test_mistakes(exitax: RunCommand, trained: Path, tmp_path: Path):
     ((), 'advise needs a model: --model_dir=DIR'),
     ((f'--model_dir={tmp_path}',), 'model.json does not exist'),
     ((f'--model_dir={trained}', '--measure=luck'), "measure='luck' is not known"),
-    ((f'--model_dir={trained}',), 'exceeds the context of 64'),
+    ((f'--model_dir={trained}',), ' plus new_tokens=128 exceeds the context of 64'),
     ((f'--model_dir={trained}', '--gin.AdviseConfig.draft=1'), 'AdviseConfig has no parameter'),
   ):
     done = exitax('advise', *flags)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,47 @@ TRAIN_MISTAKES = {
 }
 
 
+# In parameters of every command, whichever is run.
+WRONG_TYPES = {
+  "GenerateConfig.max_new_tokens='x'": 'write a whole number',
+  'GenerateConfig.max_new_tokens=True': 'write a whole number',
+  'GenerateConfig.seed=1.5': 'write a whole number',
+  "GenerateConfig.temperature='a'": 'write a number or None',
+  "GenerateConfig.threshold=[0.1, 'a']": 'write a number or (a number, ...) or a text in quotes',
+  'GenerateConfig.top_k=2.5': 'write a whole number or None',
+  'ServeConfig.port=1.5': 'write a whole number',
+  'ServeConfig.host=3': 'write a text in quotes',
+  'ClassifierConfig.batches=1.5': 'write a whole number',
+  "CalibrateConfig.thresholds='a'": 'write (a number, ...)',
+  "AdviseConfig.thresholds='a'": 'write (a number, ...)',
+  'EvaluateConfig.confidence=3': "write 'max_prob' or 'margin'",
+  'DataConfig.mixture=5': 'write a text in quotes or @Task() or @Mixture()',
+  'Task.source=5': 'write a name with @',
+  "ShardingRules.overrides=('a',)": 'write ((a text in quotes, ',
+  "exits.layers=(1, 'b')": 'write (a whole number, ...)',
+}
+
+
+@pytest.mark.parametrize('binding', WRONG_TYPES)
+def test_values_of_another_type(exitax: RunCommand, binding: str) -> None:
+  outcome = exitax('generate', '--model_dir=unread', '--prompt=w1', f'--gin.{binding}')
+  assert_one_line(outcome, f'{binding}: {WRONG_TYPES[binding]}')
+
+
+@pytest.mark.parametrize(
+  'binding', ['threshold=[0.1, 0.2]', 'threshold=0', 'threshold=None', "threshold='certified'"]
+)
+def test_values_of_one_of_several_types(exitax: RunCommand, binding: str) -> None:
+  flags = ('--prompt=w1', f'--gin.GenerateConfig.{binding}')
+  assert_one_line(exitax('generate', '--model_dir=absent', *flags), 'model.json does not exist')
+
+
+def test_parameters_of_commands_are_suggested_too(exitax: RunCommand) -> None:
+  flags = ('--prompt=w1', '--gin.GenerateConfig.max_new_token=1')
+  outcome = exitax('generate', '--model_dir=unread', *flags)
+  assert_one_line(outcome, 'did you mean max_new_tokens?')
+
+
 @pytest.mark.parametrize('mistake', TRAIN_MISTAKES)
 def test_mistakes_in_a_run(
   exitax: RunCommand, tiny_gin: Path, tmp_path: Path, mistake: str
@@ -89,6 +133,31 @@ def test_a_missing_gin_file(exitax: RunCommand) -> None:
 def test_a_model_dir_that_cannot_be_written(exitax: RunCommand, tiny_gin: Path) -> None:
   outcome = exitax('train', f'--gin_file={tiny_gin}', f'--model_dir={tiny_gin / "m"}')
   assert_one_line(outcome, f'MODEL_DIR={tiny_gin / "m"} cannot be written to (Not a directory)')
+
+
+@pytest.mark.parametrize(
+  'command', ['evaluate', 'tune_confidence', 'advise', 'calibrate', 'benchmarks']
+)
+def test_results_that_cannot_be_written_are_told_before_the_work(
+  exitax: RunCommand, trained: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+  def refuse(**_) -> None:
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  def load(*_, **__) -> None:
+    raise AssertionError('the work has begun')
+
+  monkeypatch.setattr('exitax.commands.flags.tempfile.TemporaryFile', refuse)
+  monkeypatch.setattr(f'exitax.commands.{command}.load_model', load)
+  monkeypatch.setattr('exitax.commands.benchmarks.check_library', lambda: None)
+  tasks = ('evaluate', '--tasks=any') if command == 'benchmarks' else (command.replace('_', '-'),)
+  outcome = exitax(*tasks, f'--model_dir={trained}')
+  assert_one_line(outcome, 'cannot be written to (Permission denied): choose another')
+
+
+def test_an_output_that_is_a_file(exitax: RunCommand, trained: Path, tiny_gin: Path) -> None:
+  outcome = exitax('evaluate', f'--model_dir={trained}', f'--output={tiny_gin}')
+  assert_one_line(outcome, f'output={tiny_gin} cannot be written to (File exists)')
 
 
 def test_a_missing_model_dir(exitax: RunCommand, tiny_gin: Path) -> None:
@@ -176,6 +245,26 @@ def test_another_tokenizer(exitax: RunCommand, copy_of_trained: Path) -> None:
 def test_a_model_directory_that_is_none(exitax: RunCommand, tmp_path: Path) -> None:
   for command in (('inspect',), ('generate', '--prompt=w1'), ('evaluate',)):
     assert_one_line(exitax(*command, f'--model_dir={tmp_path}'), 'model.json does not exist')
+
+
+def test_a_configuration_that_is_not_text(exitax: RunCommand, copy_of_trained: Path) -> None:
+  (copy_of_trained / 'config.gin').write_bytes(b'\xff\xfe')
+  for command in ('evaluate', 'advise', 'calibrate', 'tune-confidence'):
+    outcome = exitax(command, f'--model_dir={copy_of_trained}')
+    assert_one_line(outcome, 'config.gin cannot be read: it names the text')
+
+
+@pytest.mark.parametrize(
+  ('given', 'reason'), [(b'\xff', "can't decode byte 0xff"), (None, 'standard input is closed')]
+)
+def test_a_prompt_from_standard_input_that_is_none(
+  exitax: RunCommand, monkeypatch: pytest.MonkeyPatch, given: bytes | None, reason: str
+) -> None:
+  stdin = None if given is None else io.TextIOWrapper(io.BytesIO(given), errors='surrogateescape')
+  monkeypatch.setattr(sys, 'stdin', stdin)
+  outcome = exitax('generate', '--model_dir=unread', '--prompt_file=-')
+  assert_one_line(outcome, '--prompt_file=- cannot be read: ')
+  assert reason in outcome.err
 
 
 def test_a_prompt_longer_than_the_context(exitax: RunCommand, trained: Path) -> None:

@@ -89,6 +89,7 @@ def test_json_and_prompts_of_ones_own(exitax: RunCommand, model_dir: Path, tmp_p
   [
     (('--metric=bleu',), "metric='bleu' is not known"),
     (('--risk=0',), 'risk=0.0 is outside (0, 1)'),
+    (('--seed=-1',), 'seed=-1 must be at least 0'),
     (('--strategy=speculative',), 'gives the tokens of full depth: nothing to certify'),
     (('--prompt_file=absent.txt',), '--prompt_file=absent.txt cannot be read'),
     (('--prompt_tokens=60',), 'prompt_tokens=60 plus max_new_tokens=64 exceeds the context of 64'),

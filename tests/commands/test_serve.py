@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from exitax.errors import UserError
+from exitax.serve import bind
+
 
 @pytest.mark.parametrize(
   ('flags', 'words'),
@@ -31,6 +34,12 @@ import pytest
       'confidence=classifier needs classifiers, one per exit: train them with',
     ),
     (['--weights=int2'], "weights='int2' is not known"),
+    (['--max_logprobs=3000'], 'max_logprobs=3000 exceeds the vocabulary of 264'),
+    (['--num_slots=1000000000'], 'are free: set --num_slots='),
+    (['--drain_timeout=nan'], 'drain_timeout=nan must be at least 0'),
+    (['--host='], 'host is empty'),
+    (['--api_key='], '--api_key is empty'),
+    (['--api_key=open sesame'], '--api_key: character 5 of 11 is a blank'),
     (['--chat_template=nowhere'], '--chat_template=nowhere cannot be read'),
     (['--host=192.0.2.1'], 'cannot listen on 192.0.2.1'),
     (['--gin.ServeConfig.num_slot=2'], 'num_slot'),
@@ -51,6 +60,30 @@ def test_a_taken_port_is_told_before_anything_is_compiled(exitax, trained: Path)
     outcome = exitax('serve', f'--model_dir={trained}', f'--port={port}')
   assert outcome.status == 2
   assert f'cannot listen on 127.0.0.1 port {port}' in outcome.err
+
+
+@pytest.mark.parametrize('key', ['', 'sésame'])
+def test_a_key_of_the_environment_that_nobody_can_send(
+  exitax, trained: Path, monkeypatch: pytest.MonkeyPatch, key: str
+):
+  monkeypatch.setenv('EXITAX_API_KEY', key)
+  outcome = exitax('serve', f'--model_dir={trained}', '--port=0')
+  assert outcome.status == 2
+  assert outcome.err.startswith('exitax: EXITAX_API_KEY')
+
+
+def test_of_two_servers_on_one_port_the_second_does_not_start():
+  with bind('127.0.0.1', 0) as first:
+    port = first.getsockname()[1]
+    with pytest.raises(UserError, match=f'cannot listen on 127.0.0.1 port {port}'):
+      bind('127.0.0.1', port)
+
+
+@pytest.mark.parametrize('host', ['é' * 70, 'a\0b', 'nowhere.invalid'])
+def test_names_of_no_machine(host: str):
+  with pytest.raises(UserError, match=r'cannot listen on .* give --host=127.0.0.1') as refused:
+    bind(host, 0)
+  assert str(refused.value).isprintable()
 
 
 def test_without_a_model(exitax):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from exitax.checkpoint import load_classifiers, write_classifiers
+from exitax.errors import UserError
 from tests.commands.conftest import RunCommand
 
 
@@ -47,7 +48,18 @@ def test_classifiers_of_other_weights_are_not_used(model_dir: Path):
   assert load_classifiers(model_dir, step=4, exits=(1, 2)) is None
 
 
-def test_a_damaged_file_is_as_none(model_dir: Path):
+@pytest.mark.parametrize('kept', [-30, 10, 0])
+def test_a_damaged_file_is_named(model_dir: Path, kept: int):
   path = write_classifiers(model_dir, {'1': {'kernel': [1.0]}}, step=8)
-  path.write_bytes(path.read_bytes()[:-30])
-  assert load_classifiers(model_dir, step=8, exits=(1,)) is None
+  path.write_bytes(path.read_bytes()[:kept])
+  with pytest.raises(UserError, match=r'confidence.npz is damaged .* tune-confidence'):
+    load_classifiers(model_dir, step=8, exits=(1,))
+
+
+def test_only_those_who_ask_for_it_meet_a_damaged_file(exitax: RunCommand, model_dir: Path):
+  (model_dir / 'confidence.npz').write_bytes(b'')
+  ask = ('generate', f'--model_dir={model_dir}', '--prompt=w1', '--max_new_tokens=1')
+  asked = exitax(*ask, '--threshold=0.5', '--confidence=classifier')
+  assert asked.status == 2
+  assert 'confidence.npz is damaged' in asked.err
+  assert exitax(*ask, '--threshold=0.5').status == 0

@@ -27,6 +27,7 @@ def test_reads_lines_in_order(tmp_path):
     (b'{"text": "\xff"}', r'not UTF-8 \(byte 10\)'),
     (b'{"text": "\\ud800"}', r'lone surrogate'),
     (b'{"text": ' + b'1' * 5000 + b'}', r'not readable as JSON'),
+    (b'[' * 100_000, r'not readable as JSON'),
   ],
 )
 def test_bad_line_is_named(tmp_path, line, message):

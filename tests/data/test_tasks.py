@@ -56,6 +56,8 @@ def test_weight_must_be_positive(weight):
 def test_mixtures_that_make_no_sense():
   with pytest.raises(UserError, match='has no tasks'):
     data.Mixture(name='m', tasks=())
+  with pytest.raises(UserError, match='mixture=5 is no task or mixture'):
+    data.resolve(5)  # type: ignore[arg-type]
   registry = data.Registry()
   twice = data.Mixture(name='m', tasks=(data.WeightedTask(_task('a')),) * 2)
   with pytest.raises(UserError, match="names task 'a' twice"):

@@ -73,7 +73,7 @@ def test_streaming_equals_one_call(tiny, prompts):
 
 def test_seeds_belong_to_requests(tiny, prompts):
   sampler = decode.Sampler(temperature=1.0)
-  first = _generate(tiny, [prompts[0]] * 4, sampler=sampler, seed=3)
+  first = _generate(tiny, [prompts[0]] * 4, sampler=sampler, seed=np.int64(3))
   second = _generate(tiny, [prompts[0]] * 4, sampler=sampler, seed=[6, 5, 4, 3])
   assert second.tokens == first.tokens[::-1]
   assert len({tuple(row) for row in first.tokens}) == 4
@@ -110,6 +110,9 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(tiny):
     ({'max_new_tokens': 0}, 'max_new_tokens=0'),
     ({'prefill_chunk': 0}, 'prefill_chunk=0'),
     ({'seed': [1, 2]}, '2 values of seed for 1 prompts'),
+    ({'seed': 1.5}, 'seed=1.5 is no whole number'),
+    ({'seed': [1.5]}, r'seed=\[1.5\] is no whole number'),
+    ({'policy': decode.DeferredExit(threshold=('a', 'b'))}, "threshold='a' is no number"),
     ({'sampler': [decode.Sampler()] * 2}, '2 values of sampler'),
     ({'policy': decode.DeferredExit(threshold=1.2)}, r'threshold=1.2 is outside \[0, 1\]'),
     ({'policy': decode.DeferredExit(threshold=(0.5, -0.1))}, 'threshold=-0.1'),

@@ -129,7 +129,9 @@ def test_the_draw_depends_on_seed_and_step_alone():
   [
     ({'temperature': -0.1}, 'temperature=-0.1'),
     ({'temperature': float('nan')}, 'temperature=nan'),
+    ({'temperature': 1e39}, r'temperature=1e\+39 is outside'),
     ({'top_k': -1}, 'top_k=-1'),
+    ({'top_k': 99999999999}, 'top_k=99999999999 is outside 0 .* to 2147483647'),
     ({'top_p': 0.0}, 'top_p=0.0'),
     ({'min_p': 1.5}, 'min_p=1.5'),
   ],

@@ -240,6 +240,12 @@ def test_names_stand_for_policies(tiny, settings, kind):
   assert type(decode.StrategySettings(**settings).policy(model.config)) is kind
 
 
+@pytest.mark.parametrize('given', [(0.5, 0.25), [0.5, 0.25], np.asarray([0.5, 0.25])])
+def test_thresholds_come_in_any_sequence(tiny, given):
+  model, _ = tiny()
+  assert decode.DeferredExit(threshold=given).thresholds(model.config) == (0.5, 0.25)
+
+
 def test_a_model_without_exits_decodes_at_full_depth(tiny):
   model, _ = tiny(HeadKind.NORM, exits=())
   assert isinstance(decode.StrategySettings().policy(model.config), decode.FullDepth)
@@ -259,7 +265,11 @@ def test_a_classifier_that_was_never_trained_is_missed_at_once(tiny, prompts):
     ({'strategy': 'deferred'}, {}, 'strategy=deferred needs a threshold'),
     ({'strategy': 'full', 'threshold': 0.5}, {}, 'threshold=0.5 has no use in strategy=full'),
     ({'strategy': 'speculative', 'threshold': 1}, {}, 'no use in strategy=speculative'),
-    ({'strategy': 'full', 'num_drafts': 2}, {}, 'belong to speculation, not to full'),
+    ({'strategy': 'full', 'num_drafts': 2}, {}, 'num_drafts=2 belongs to speculation, not to'),
+    ({'strategy': 'full', 'acceptance': 'rejection'}, {}, 'acceptance=rejection belongs to'),
+    ({'threshold': 0.5, 'exit_layer': 1}, {}, 'exit_layer=1 belongs to speculation'),
+    ({'decay': 4.0}, {}, 'decay=4.0 belongs to strategies with a threshold, not to'),
+    ({'strategy': 'full', 'patience': 3}, {}, 'patience=3 belongs to'),
     ({'strategy': 'speculative'}, {'exits': ()}, 'needs exits, and this model has none'),
     ({'threshold': 0.5}, {'exits': ()}, 'strategy=deferred needs exits'),
     ({'confidence': 'certain'}, {}, 'confidence'),

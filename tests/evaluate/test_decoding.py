@@ -53,16 +53,17 @@ def test_facts_of_the_decoder(loaded, prompts):
   assert loaded.model.config.exits == (ExitConfig(layer=1), ExitConfig(layer=2))
 
 
-def test_what_exceeds_the_context_is_refused(loaded, prompts):
-  with pytest.raises(
-    UserError, match='speed_prompt_tokens=6 plus speed_new_tokens=59 exceeds the context of 64'
-  ):
+@pytest.mark.parametrize('prefix', ['', 'speed_'])
+def test_what_exceeds_the_context_is_refused(loaded, prompts, prefix):
+  message = f'^{prefix}prompt_tokens=6 plus {prefix}new_tokens=59 exceeds the context of 64'
+  with pytest.raises(UserError, match=message):
     PromptDecoder(
       loaded.model,
       loaded.params,
       prompts,
       new_tokens=59,
       confidence=decode.Confidence.MAX_PROB,
+      settings_prefix=prefix,
     )
 
 

@@ -81,6 +81,18 @@ def test_uneven_parameter_names_its_path():
     )
 
 
+def test_what_is_recommended_divides_all_sizes():
+  mesh = parallel.make_mesh(parallel.MeshConfig(tensor=3), jax.devices()[:3])
+  shapes = {'mlp': (16, 512), 'query': (16, 6)}
+  with pytest.raises(UserError, match=r'tensor=3 does not divide mlp_dim=512: choose 1 or 2$'):
+    parallel.tree_shardings(
+      {name: jax.ShapeDtypeStruct(shape, 'float32') for name, shape in shapes.items()},
+      {'mlp': ('embed', 'mlp'), 'query': ('embed', 'heads')},
+      mesh,
+      RULES,
+    )
+
+
 def test_trees_that_differ_are_refused():
   mesh = parallel.make_mesh(parallel.MeshConfig())
   with pytest.raises(ValueError, match='key'):

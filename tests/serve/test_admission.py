@@ -16,7 +16,7 @@ def ticket(count: int = 1, *, now: float = 0.0) -> Ticket:
 
 @pytest.fixture
 def room() -> WaitingRoom:
-  return WaitingRoom(capacity=3, queue_timeout=10.0)
+  return WaitingRoom(capacity=3, slots=2, queue_timeout=10.0)
 
 
 def test_first_come_first_served(room: WaitingRoom):
@@ -43,6 +43,14 @@ def test_all_jobs_enter_or_none(room: WaitingRoom):
 def test_free_slots_make_room(room: WaitingRoom):
   room.enter(ticket(5), free_slots=2)
   assert len(room) == 5
+
+
+def test_what_could_never_enter_is_not_asked_to_try_again(room: WaitingRoom):
+  with pytest.raises(
+    Refusal, match=r'6 prompts are more .* at once, 5 .* several requests'
+  ) as refused:
+    room.enter(ticket(6), free_slots=2)
+  assert (refused.value.status, refused.value.retry_after) == (400, None)
 
 
 def test_the_cancelled_are_passed_over(room: WaitingRoom):

@@ -76,6 +76,14 @@ def test_a_broken_template_is_found_at_the_start():
     ChatTemplate('{% for %}', where='x')
 
 
+@pytest.mark.parametrize('content', ['{bad', '[]', '[' * 100_000, 'é'.encode('latin-1')])
+def test_a_damaged_configuration_is_named(tmp_path: Path, content: str | bytes):
+  path = tmp_path / 'tokenizer_config.json'
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  with pytest.raises(UserError, match=r'tokenizer_config.json is not (valid JSON|a JSON object)'):
+    load_chat_template(None, tokenizer_folder=tmp_path)
+
+
 def test_where_templates_come_from(tmp_path: Path):
   assert load_chat_template(None, tokenizer_folder=tmp_path).stops == ('\nUser:', '\nSystem:')
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'chat_template': 'config'}))

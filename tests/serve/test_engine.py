@@ -15,7 +15,7 @@ from exitax import decode
 from exitax.checkpoint import LoadedModel
 from exitax.decode import DeferredExit, Sampler, StopReason
 from exitax.serve import ServeConfig, Service, build_service
-from exitax.serve.batch import window_at
+from exitax.serve.batch import PREFIX_CHUNK, SlotBatch, window_at
 from exitax.serve.jobs import Failure, Gain, Job
 from exitax.serve.refusals import Refusal
 from exitax.serve.strategies import DEFERRED, FULL, SPECULATIVE
@@ -377,6 +377,15 @@ def test_windows_of_a_prompt_stay_within_the_columns():
           assert filled % width == 0
           assert filled + width <= columns
           filled += min(width, length - filled)
+
+
+def test_the_smallest_slots_hold_a_whole_chunk_of_a_prefix(loaded: LoadedModel):
+  plans = (decode.FullDepth().plan(loaded.model.config),)
+  batch = SlotBatch(
+    loaded.model, loaded.params, plans=plans, num_slots=1, capacity=2, prefix_bytes=0
+  )
+  chunk = decode.read_chunk(batch._state, np.int32(0), chunk=PREFIX_CHUNK)
+  assert chunk.layers[0].key.shape[2] == PREFIX_CHUNK
 
 
 def test_a_model_without_exits_is_served(make_model: Callable[..., LoadedModel]):

@@ -297,12 +297,16 @@ def test_killed_clients_leak_no_slot(served, stream: bool):
 
 
 def test_a_full_queue_answers_429_and_recovers(served, http: httpx.Client):
-  prompts = ['a'] * 20  # Slots and queue hold 11.
-  refused = complete(http, prompt=prompts)
+  prompts = ['a'] * 11  # As many as slots and queue hold.
+  long = {'prompt': 'a', 'max_tokens': 250, 'stream': True, 'ignore_eos': True}
+  with http.stream('POST', '/v1/completions', json=long) as running:
+    next(running.iter_lines())
+    refused = complete(http, prompt=prompts)
   assert refused.status_code == 429
   assert refused.headers['retry-after'] == '1'
   assert refused.json()['error']['type'] == 'rate_limit_error'
-  assert complete(http, prompt=prompts[:11]).status_code == 200
+  assert served.wait_idle()
+  assert complete(http, prompt=prompts).status_code == 200
   assert served.wait_idle()
 
 

@@ -111,6 +111,16 @@ def test_the_legend_counts(page):
   assert '100%' in legend[0]
 
 
+@pytest.mark.parametrize('threshold', ['certified', [0.3, 0.2]])
+def test_a_threshold_that_no_slider_shows_is_left_to_the_server(page, threshold):
+  page.execute_script('model.threshold = arguments[0]; showStrategies()', threshold)
+  asked = page.execute_script('return request()')
+  assert not {'strategy', 'threshold'} & asked.keys()
+  page.execute_script('model.threshold = null; showStrategies()')
+  asked = page.execute_script('return request()')
+  assert (asked['strategy'], 'threshold' in asked) == ('deferred', True)
+
+
 def test_an_error_is_told_in_words(page):
   choose(page, max_tokens='100000')
   page.execute_script("document.getElementById('max-tokens').removeAttribute('max')")

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 
 from exitax.decode import Sampler
 from exitax.serve.protocol import ChatRequest, CompletionRequest, parse_request
@@ -95,6 +96,8 @@ def test_bodies_that_are_no_request(body: bytes):
     [{'role': 'user'}],
     [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}],
     [{'role': 'user', 'content': None}],
+    [{'role': 'assistant', 'content': 'x', 'refusal': 'no'}],
+    [{'role': 'assistant', 'content': 'x', 'tool_calls': [{'id': 'a'}]}],
     'hello',
   ],
 )
@@ -110,6 +113,14 @@ def test_text_parts_are_joined():
   body = json.dumps({'messages': [{'role': 'user', 'content': parts}]}).encode()
   message = parse_request(ChatRequest, body).messages[0]
   assert message.for_template() == {'role': 'user', 'content': 'ab'}
+
+
+def test_an_answer_of_openais_client_goes_into_the_next_request():
+  answer = ChatCompletionMessage(role='assistant', content='b', annotations=[], tool_calls=[])
+  said = {**answer.model_dump(), 'audio': None, 'function_call': None, 'refusal': None}
+  body = json.dumps({'messages': [{'role': 'user', 'content': 'a'}, said]}).encode()
+  message = parse_request(ChatRequest, body).messages[1]
+  assert message.for_template() == {'role': 'assistant', 'content': 'b'}
 
 
 json_values = st.recursive(

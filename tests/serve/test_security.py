@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from exitax.errors import UserError
 from exitax.serve.refusals import Refusal
-from exitax.serve.security import check_host, check_key, is_loopback
+from exitax.serve.security import check_host, check_key, check_usable, is_loopback
 
 
 @pytest.mark.parametrize('header', ['Bearer sesame', 'bearer sesame', 'Bearer  sesame '])
@@ -20,6 +21,14 @@ def test_other_keys(header: str | None):
   with pytest.raises(Refusal) as refused:
     check_key(header, api_key='sesame')
   assert refused.value.status == 401
+
+
+@pytest.mark.parametrize('key', ['', ' ', 'a b', 'a\n', 'sésame', '\udcff', 'a\x7f'])
+def test_keys_that_no_client_can_send(key: str):
+  with pytest.raises(UserError, match=r'^--api_key'):
+    check_usable(key, name='--api_key')
+  with pytest.raises(Refusal):
+    check_key(f'Bearer x{key}', api_key=key)  # It never fails in another way.
 
 
 def test_without_a_key_nothing_is_asked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import shlex
 
 from exitax.evaluate.advice.report import AdviceReport, ThresholdSpeed
 
@@ -41,7 +42,8 @@ class Verdict:
 def verdict_of(report: AdviceReport) -> Verdict:
   """The verdict: measured speed-ups decide where there are any, predicted ones elsewhere."""
   best, threshold = report.best_speculation, report.best_threshold
-  name = report.model.directory
+  name = shlex.quote(report.model.directory)
+  generate = f"exitax generate --model_dir={name} --prompt='The '"
   lossless = _speed(report, SPECULATION, best.speed_up)
   lossy = _speed(report, DEFERRED, threshold.deferred)
   drafts = f'{best.num_drafts} draft{"s" if best.num_drafts > 1 else ""}'
@@ -54,7 +56,7 @@ def verdict_of(report: AdviceReport) -> Verdict:
         f'{_quoted(report, SPECULATION, best.speed_up)} as fast.{_threshold_aside(report, threshold)}'
       ),
       command=(
-        f'exitax generate --model_dir={name} --strategy=speculative --exit_layer={best.layer} '
+        f'{generate} --strategy=speculative --exit_layer={best.layer} '
         f'--num_drafts={best.num_drafts}'
       ),
     )
@@ -77,7 +79,7 @@ def verdict_of(report: AdviceReport) -> Verdict:
       f'{threshold.threshold:g}, which keeps {threshold.agreement:.1%} of the choices{_own_text(report)}, '
       f'{_quoted(report, DEFERRED, threshold.deferred)}. {_reason(report)}'
     ),
-    command=f'exitax generate --model_dir={name} --strategy=full',
+    command=f'{generate} --strategy=full',
   )
 
 

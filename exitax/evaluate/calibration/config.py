@@ -90,6 +90,8 @@ class CalibrateConfig:
     for name in ('examples', 'prompt_tokens', 'max_new_tokens', 'batch_size'):
       if getattr(self, name) < 1:
         raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+    if self.seed < 0:
+      raise UserError(f'seed={self.seed} must be at least 0')
     thresholds = check_thresholds((1.0, *self.thresholds))
     if len(thresholds) < 2:
       raise UserError('thresholds=(1.0,) never exit: give some below 1, such as 0.9')

@@ -97,7 +97,8 @@ def file_examples(
     UserError: the file cannot be read, has no prompt, or one that does not fit.
   """
   try:
-    lines = Path(path).read_text(encoding='utf-8').splitlines()
+    # Not splitlines(): JSON lets U+2028 and its like stand within a string.
+    lines = Path(path).read_text(encoding='utf-8').split('\n')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'--prompt_file={path} cannot be read: {error}') from None
   numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
@@ -109,7 +110,10 @@ def file_examples(
   room = max_length - (config.max_new_tokens if config.metric.decodes else 0)
   for number, line in drawn:
     text = _text_of(line, f'{path}:{number}') if is_json else line
-    ids = tuple(encode_prompt(tokenizer, text))
+    try:
+      ids = tuple(encode_prompt(tokenizer, text))
+    except UserError as error:
+      raise UserError(f'{path}:{number}: {error}') from None
     if len(ids) > room:
       raise UserError(
         f'{path}:{number} has {len(ids)} tokens, the context of {max_length} leaves {room}: shorten '
@@ -134,7 +138,7 @@ def _draw(available: int, wanted: int, seed: int) -> Sequence[int]:
 def _text_of(line: str, name: str) -> str:
   try:
     record = json.loads(line)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{name} is not JSON ({error}): mend or remove the line') from None
   for field in _FIELDS:
     if isinstance(record, dict) and isinstance(record.get(field), str):

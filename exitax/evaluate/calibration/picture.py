@@ -55,7 +55,7 @@ def _draw_risk(axes: Axes, report: CalibrationReport) -> None:
   )
   axes.axhline(config.risk, color=GREY, linestyle=':', label=f'limit {config.risk:g}')
   _mark(axes, report)
-  seen = [max(row.risk, row.bound) for row in rows]
+  seen = [config.risk, *(max(row.risk, row.bound) for row in rows)]
   axes.set_ylim(-0.04 * config.risk, min(max(seen), _LEAST_SHOWN * config.risk) * 1.05)
   axes.set_ylabel(report.loss, wrap=True)
   axes.set_title('Risk by threshold (lower is better)', fontsize=12)

@@ -21,12 +21,21 @@ async function connect() {
   const layers = model.layers;
   $('model').textContent =
     `${model.id} · ${layers.at(-1)} layers, exits at ${layers.slice(0, -1).join(', ') || 'none'}`;
-  $('strategy').replaceChildren(...model.strategies.map((name) => new Option(name, name)));
-  $('strategy').value = model.strategies.includes('deferred') ? 'deferred' : model.default_strategy;
-  if (typeof model.threshold === 'number') $('threshold').value = model.threshold;
   $('max-tokens').max = model.context - 1;
+  showStrategies();
   showControls();
   showLegend([]);
+}
+
+// A threshold that the slider cannot show is left to the server, by a request that names none.
+function showStrategies() {
+  const names = model.strategies.map((name) => new Option(name, name));
+  const ofServer = model.threshold !== null && typeof model.threshold !== 'number';
+  if (ofServer) names.unshift(new Option(`as served (${model.threshold})`, ''));
+  $('strategy').replaceChildren(...names);
+  if (ofServer) return;
+  $('strategy').value = model.strategies.includes('deferred') ? 'deferred' : model.default_strategy;
+  if (model.threshold !== null) $('threshold').value = model.threshold;
 }
 
 function showControls() {
@@ -92,14 +101,14 @@ async function readEvents(body, handle) {
 }
 
 function request() {
-  const deferred = $('strategy').value === 'deferred';
+  const strategy = $('strategy').value;
   return {
     prompt: $('prompt').value,
     max_tokens: Number($('max-tokens').value),
     temperature: Number($('temperature').value),
     seed: Number($('seed').value),
-    strategy: $('strategy').value,
-    ...(deferred ? { threshold: Number($('threshold').value) } : {}),
+    ...(strategy ? { strategy } : {}),
+    ...(strategy === 'deferred' ? { threshold: Number($('threshold').value) } : {}),
     stream: true,
   };
 }

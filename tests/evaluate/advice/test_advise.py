@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -126,6 +129,17 @@ def checked(report, *, lossless: float, lossy: float):
   return dataclasses.replace(report, checks=checks)
 
 
+def assert_runs(line: str) -> None:
+  """The command that is printed has all flags that it needs, and none that it lacks."""
+  _, name, *arguments = shlex.split(line)
+  command = importlib.import_module(f'exitax.commands.{name}')
+  parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+  command.add_arguments(parser)
+  flags, unknown = parser.parse_known_args(arguments)
+  assert not unknown
+  assert name != 'generate' or flags.prompt
+
+
 @pytest.mark.parametrize(
   ('lossless', 'lossy', 'outcome', 'beginning', 'command'),
   [
@@ -141,6 +155,7 @@ def test_verdicts(report, lossless, lossy, outcome, beginning, command):
   assert verdict.text.startswith(beginning)
   assert f'{lossless:.2f}x (measured; predicted' in verdict.text
   assert command in verdict.command
+  assert_runs(verdict.command)
   assert draw_advice(changed)._suptitle.get_text().startswith('Early exit')  # type: ignore[union-attr]
 
 

@@ -17,6 +17,7 @@ from exitax.evaluate.calibration import (
   render_calibration,
   write_calibration,
 )
+from exitax.evaluate.calibration.picture import draw_calibration
 from tests.evaluate.conftest import make_loaded
 
 SMALL = CalibrateConfig(
@@ -158,6 +159,10 @@ def test_files(loaded, examples, one_device, tmp_path):
   assert content['decision']['threshold'] == report.decision.threshold
   assert content['config']['metric'] == 'token_agreement'
   assert content['statement'] == report.statement
+  low = tuple(dataclasses.replace(row, risk=0.01, bound=0.02) for row in report.decision.rows)
+  decision = dataclasses.replace(report.decision, rows=low)
+  figure = draw_calibration(dataclasses.replace(report, decision=decision))
+  assert figure.axes[0].get_ylim()[1] > report.config.risk  # The limit is in the picture.
 
 
 def test_a_model_without_exits_is_refused(corpus, one_device, examples):
@@ -224,6 +229,11 @@ def test_prompt_files(tmp_path, corpus):
   json_lines.write_text('{"prompt": "tea"}\n{"text": "salt moss", "id": 3}\n')
   assert read(json_lines, tokenizer).prompts == drawn.prompts
   assert len(read(json_lines, tokenizer, examples=1)) == 1
+  json_lines.write_text('{"prompt": "a\u2028b\x85"}\n{"prompt": "c"}\n', encoding='utf-8')
+  assert [tokenizer.decode(prompt) for prompt in read(json_lines, tokenizer).prompts] == [
+    'a\u2028b\x85',
+    'c',
+  ]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +245,8 @@ def test_prompt_files(tmp_path, corpus):
     ('bad.jsonl', '{"prompt": "a"}\n{', 'bad.jsonl:2 is not JSON'),
     ('field.jsonl', '{"question": "a"}', "field.jsonl:1 has no text in 'prompt' or 'text'"),
     ('list.jsonl', '[1]', 'list.jsonl:1 has no text'),
+    ('deep.jsonl', '[' * 100_000, 'deep.jsonl:1 is not JSON'),
+    ('half.jsonl', '{"prompt": "a"}\n{"prompt": "\\ud800"}', 'half.jsonl:2: text has .* at 0'),
     ('void.jsonl', '{"prompt": ""}', 'void.jsonl:1 has no text: remove the line'),
   ],
 )
