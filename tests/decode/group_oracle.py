@@ -25,12 +25,14 @@ class Fed:
     step: how many tokens the thinker had fed before; -1 for the prompt's last.
     token: its id.
     scores: `[vocab]`.
+    exit_layer: layers run before them.
   """
 
   text: int
   step: int
   token: int
   scores: np.ndarray
+  exit_layer: int
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'plan', 'visibility'))
@@ -38,7 +40,8 @@ def _one_step(model, params, state, plan, visibility):
   feed = next_feed(state)
   step = state.group.fed - state.group.shared
   state, gain = plan.advance(model, params, state, visibility=visibility)
-  return decode.commit(state, gain), (feed.tokens, feed.active, step, gain.scores[:, 0])
+  fed = feed.tokens, feed.active, step, gain.scores[:, 0], gain.exit_layer[:, 0]
+  return decode.commit(state, gain), fed
 
 
 def run_groups(
@@ -67,11 +70,11 @@ def record(run: GroupRun, num_steps: int = 1000) -> list[Fed]:
   for _ in range(num_steps):
     if run.done:
       break
-    run.state, (tokens, active, step, scores) = _one_step(
+    run.state, (tokens, active, step, scores, layers) = _one_step(
       run._model, run._params, run.state, run._plan, run._visibility
     )
     fed += [
-      Fed(text, int(step[text]), int(tokens[text]), np.asarray(scores[text]))
+      Fed(text, int(step[text]), int(tokens[text]), np.asarray(scores[text]), int(layers[text]))
       for text in np.flatnonzero(active)
     ]
   return fed
@@ -105,7 +108,7 @@ def expected_scores(
   starts: dict[int, int] | None = None,
   sees_all: Sequence[int] = (),
 ) -> np.ndarray:
-  """`[len(fed), vocab]`: what one forward over the prompt and all of `fed` says of each of them.
+  """`[exits + 1, len(fed), vocab]`: what one forward over the prompt and all of `fed` says of each of them.
 
   Args:
     model: the model.
@@ -148,11 +151,11 @@ def expected_scores(
       )
   scores = masked_forward(model, params, tokens, [*range(len(prompt)), *places], mask)
   at = {(item.text, item.step): len(prompt) + i for i, item in enumerate(own)}
-  return scores[[at.get((item.text, item.step), len(prompt) - 1) for item in fed]]
+  return scores[:, [at.get((item.text, item.step), len(prompt) - 1) for item in fed]]
 
 
 def masked_forward(model, params, tokens, positions, mask) -> np.ndarray:
-  """Final scores `[length, vocab]` of one forward without a cache, under any mask and positions."""
+  """Scores `[exits + 1, length, vocab]` of one forward without a cache, under any mask and positions."""
   # One compiled shape for all lengths: padding sees itself alone.
   size = -(-len(tokens) // 32) * 32
   padded = np.eye(size, dtype=bool)
@@ -164,7 +167,7 @@ def masked_forward(model, params, tokens, positions, mask) -> np.ndarray:
     np.pad(positions, (0, size - len(tokens)))[None],
     padded[None],
   )
-  return np.asarray(scores[0, : len(tokens)])
+  return np.asarray(scores[:, 0, : len(tokens)])
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -174,9 +177,12 @@ def _masked_forward(model, params, tokens, positions, mask):
 
   hidden = model.hidden_at_exits(
     params, model.embed(params, tokens), rotary=model.rotary(positions), attend=attend
-  )[-1]
-  features, _ = model.exit_features(params, None, hidden, rotary=None, attend=None)
-  return model.logits(params, None, features)
+  )
+  scores = []
+  for exit_config, stream in zip((*model.config.exits, None), hidden, strict=True):
+    features, _ = model.exit_features(params, exit_config, stream, rotary=None, attend=None)
+    scores.append(model.logits(params, exit_config, features))
+  return jnp.stack(scores)
 
 
 def _or(value, default):

@@ -108,7 +108,7 @@ def test_cached_scores_are_those_of_one_masked_forward(exact, mode, scheme):
   # Some texts end in the middle of the run.
   _, fed = run_groups(model, params, groups, config, stop_tokens=range(30, 36))
   for group, own in split(groups, fed):
-    wanted = expected_scores(model, params, group, mode, own, positions=scheme, width=14)
+    wanted = expected_scores(model, params, group, mode, own, positions=scheme, width=14)[-1]
     found = np.stack([item.scores for item in own])
     assert np.abs(found - wanted).max() <= TOLERANCE * max(np.abs(wanted).max(), 1)
 
@@ -145,7 +145,7 @@ def test_interleaved_is_the_causal_forward_over_tokens_in_turns(exact, scheme):
     [*prompt, *(x.token for x in own)],
     [*range(len(prompt)), *(len(prompt) + x.step + shift * x.text for x in own)],
     np.tri(len(prompt) + len(own), dtype=bool),
-  )
+  )[-1]
   found = np.stack([item.scores for item in own])
   assert np.abs(found - scores[len(prompt) :]).max() <= TOLERANCE * np.abs(scores).max()
 
@@ -355,6 +355,29 @@ def test_a_threshold_of_one_is_full_depth(tiny, mode):
   )
   for ours, theirs in zip(deferred, full, strict=True):
     assert [x.tokens.tolist() for x in ours] == [x.tokens.tolist() for x in theirs]
+
+
+@pytest.mark.parametrize('threshold', [0.5, 0.8])
+@pytest.mark.parametrize('mode', ['full', 'interleaved', 'none'])
+def test_confident_tokens_leave_early_and_nothing_is_missing_for_others(exact, mode, threshold):
+  """Every token has the scores of the first exit that is confident, in one forward without a cache."""
+  model, params = exact
+  groups, config = [trio(mode), pair(mode)], ThinkConfig(max_new_tokens=9, slot_width=14)
+  policy = decode.DeferredExit(threshold=threshold, pending_capacity=4)
+  _, fed = run_groups(model, params, groups, config, policy=policy, stop_tokens=range(30, 36))
+  layers = set()
+  for group, own in split(groups, fed):
+    wanted = expected_scores(model, params, group, mode, own, positions='slots', width=14)
+    confidence = np.asarray(decode.Confidence.MAX_PROB(wanted))
+    confident = confidence[:-1] > threshold
+    assert np.abs(confidence[:-1] - threshold).min() > 1e-9  # No choice is a matter of rounding.
+    chosen = np.where(confident.any(axis=0), confident.argmax(axis=0), len(confident))
+    assert [item.exit_layer for item in own] == [model.config.depths[i] for i in chosen]
+    found = np.stack([item.scores for item in own])
+    expected = wanted[chosen, np.arange(len(own))]
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(wanted).max()
+    layers |= {item.exit_layer for item in own}
+  assert len(layers) > 1
 
 
 # Streaming, and bad input.
