@@ -9,9 +9,9 @@ import jax
 from flax import struct
 
 from exitax.decode.cache import KVCache, LayerCache, write_layer
-from exitax.decode.lanes import Lanes, Visibility, mark_columns
+from exitax.decode.lanes import Lanes, Turns, Visibility, mark_columns
 from exitax.decode.texts import Packing
-from exitax.layers import AttendFn, cached_attention
+from exitax.layers import AttendFn, Rotary, cached_attention, turned_attention
 from exitax.models import ExitConfig, ExitLM, Params
 
 
@@ -61,19 +61,20 @@ def extend(
   """
   columns = mark_columns(cache.columns, lanes)
   mask = visibility(lanes, columns)
+  turns = _turns(model, visibility.turns(lanes, columns, mask))
   position = lanes.position if packing is None else packing.to_texts(lanes.position)
   rotary = model.rotary(position, below=model.config.max_length)
   filled, heads = list(cache.layers), dict(cache.heads)
   head_features: dict[int, jax.Array] = {}
 
   for layer in layers:
-    attend = cached_attend(filled[layer], lanes, mask, packing)
+    attend = cached_attend(filled[layer], lanes, mask, packing, turns)
     hidden, (filled[layer],) = model.run_layers(
       params, hidden, layers=range(layer, layer + 1), rotary=rotary, attend=(attend,)
     )
     depth = layer + 1
     if depth in heads:
-      attend = cached_attend(heads[depth], lanes, mask, packing)
+      attend = cached_attend(heads[depth], lanes, mask, packing, turns)
       head_features[depth], heads[depth] = model.exit_features(
         params, _exit_at(model, depth), hidden, rotary=rotary, attend=attend
       )
@@ -82,7 +83,11 @@ def extend(
 
 
 def cached_attend(
-  entry: LayerCache, lanes: Lanes, mask: jax.Array, packing: Packing | None = None
+  entry: LayerCache,
+  lanes: Lanes,
+  mask: jax.Array,
+  packing: Packing | None = None,
+  turns: tuple[Rotary, jax.Array] | None = None,
 ) -> AttendFn:
   """An `AttendFn` that caches the lanes in `entry`, attends over it and returns it.
 
@@ -91,13 +96,17 @@ def cached_attend(
     lanes: where the tokens stand.
     mask: bool `[rows, lanes, capacity]`, the columns that each lane sees.
     packing: which text stands in which lane, if queries, keys and values are flat.
+    turns: how queries are turned for each block, and each key's block, as in `turned_attention`.
   """
 
   def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
     if packing is not None:
       query, key, value = map(packing.to_rows, (query, key, value))
     written = write_layer(entry, key, value, lanes)
-    mixed = cached_attention(query, written.key, written.value, mask)
+    if turns is None:
+      mixed = cached_attention(query, written.key, written.value, mask)
+    else:
+      mixed = turned_attention(query, written.key, written.value, mask, *turns)
     return mixed if packing is None else packing.to_texts(mixed), written
 
   return attend
@@ -139,6 +148,12 @@ def copy_state(
       )
   columns = mark_columns(cache.columns, lanes)
   return dataclasses.replace(cache, layers=tuple(filled), heads=heads, columns=columns)
+
+
+def _turns(model: ExitLM, turns: Turns | None) -> tuple[Rotary, jax.Array] | None:
+  if turns is None:
+    return None
+  return model.rotary(turns.positions, below=model.config.max_length), turns.block
 
 
 def _exit_at(model: ExitLM, layer: int) -> ExitConfig:

@@ -28,6 +28,7 @@ from exitax.decode.sampler import Sampler
 from exitax.decode.state import DecodeState, init_state
 from exitax.decode.texts import Grouping, Positions
 from exitax.errors import UserError, choose
+from exitax.layers import attention_temperature
 from exitax.models import ExitLM, ModelConfig, Params
 
 NEVER = 1 << 30  # A lag longer than any text.
@@ -274,7 +275,7 @@ def _check(model: ModelConfig, groups: Sequence[Group], config: ThinkConfig) -> 
     if min(ids) < 0 or max(ids) >= model.vocab_size:
       wrong = min(ids) if min(ids) < 0 else max(ids)
       raise UserError(f'{where} has token {wrong}, outside the vocabulary of {model.vocab_size}')
-    numbers = [_or(item.number, place) for place, item in enumerate(group.thinkers)]
+    numbers = numbers_of(group)
     if len(set(numbers)) < len(numbers) or min(numbers) < 0:
       raise UserError(f'thinkers of {where} are numbered {numbers}: each needs its own, 0 or more')
     _check_positions(model, group, config, where)
@@ -293,8 +294,15 @@ def _check_positions(model: ModelConfig, group: Group, config: ThinkConfig, wher
       raise UserError(f'slots of {where} are {slots}: they must be 0 or more')
     needed = len(group.prompt) + max(slots) * width + longest
     what = f'{max(slots) + 1} slots of {width}'
-  else:
+  elif config.positions is Positions.SHARED:
     needed, what = len(group.prompt) + longest, f'{longest} tokens per thinker'
+  else:
+    if attention_temperature(model.rope) != 1.0:
+      raise UserError(
+        "positions=rotated turns queries twice, which changes YaRN's factor on scores: choose slots or shared"
+      )
+    total = sum(len(item.header) + _budget(item, config) for item in group.thinkers)
+    needed, what = len(group.prompt) + total, f'{total} tokens of all thinkers'
   if needed > model.max_length:
     raise UserError(
       f'a prompt of {len(group.prompt)} tokens and {what} exceed the context of {model.max_length}: ask '
@@ -304,6 +312,22 @@ def _check_positions(model: ModelConfig, group: Group, config: ThinkConfig, wher
 
 def _longest(group: Group, config: ThinkConfig) -> int:
   return max(len(item.header) + _budget(item, config) for item in group.thinkers)
+
+
+def numbers_of(group: Group) -> list[int]:
+  """Of the group's thinkers."""
+  return [_or(item.number, place) for place, item in enumerate(group.thinkers)]
+
+
+def last_position(group: Group, config: ThinkConfig, later: Thinker) -> int:
+  """One more than the highest position that a thinker which begins later can have."""
+  length = len(group.prompt)
+  own = len(later.header) + _budget(later, config)
+  if config.positions is Positions.SLOTS:
+    return length + _or(later.slot, 0) * slot_width_of(group, config) + own
+  if config.positions is Positions.SHARED:
+    return length + _longest(group, config) + own
+  return length + own + sum(len(x.header) + _budget(x, config) for x in group.thinkers)
 
 
 def slot_width_of(group: Group, config: ThinkConfig) -> int:

@@ -69,11 +69,35 @@ class KeyColumns:
   origin: Origin | None = None
 
 
+@struct.dataclass
+class Turns:
+  """Where queries stand when each sees the blocks of its row in an order of its own.
+
+  Attributes:
+    positions: i32 `[rows, lanes, blocks]`, by how many positions the query is moved on before it meets
+      the keys of a block.
+    block: i32 `[rows, capacity]`, of each key.
+  """
+
+  positions: jax.Array
+  block: jax.Array
+
+
 class Visibility(Protocol):
-  """Who sees whom: a pure function of query lanes and key columns."""
+  """Who sees whom, and from where: pure functions of query lanes and key columns."""
 
   def __call__(self, lanes: Lanes, keys: KeyColumns) -> jax.Array:
     """Bool `[rows, lanes, capacity]`; True where the lane sees the column."""
+    ...
+
+  def turns(self, lanes: Lanes, keys: KeyColumns, mask: jax.Array) -> Turns | None:
+    """Where queries stand; None where one position serves for all keys.
+
+    Args:
+      lanes: the queries.
+      keys: the columns.
+      mask: what each query sees.
+    """
     ...
 
 
@@ -94,6 +118,9 @@ class Causal:
       mask &= distance < self.sliding_window
     return mask
 
+  def turns(self, lanes: Lanes, keys: KeyColumns, mask: jax.Array) -> None:
+    """One position serves for all keys."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InGroups:
@@ -106,9 +133,11 @@ class InGroups:
 
   Attributes:
     sliding_window: number of latest positions seen; None sees all.
+    rotated: for `Positions.ROTATED`, one more than the highest number of a thinker; 0 otherwise.
   """
 
   sliding_window: int | None = None
+  rotated: int = 0
 
   def __call__(self, lanes: Lanes, keys: KeyColumns) -> jax.Array:
     assert lanes.origin is not None and keys.origin is not None, 'rows without groups are Causal'
@@ -123,6 +152,31 @@ class InGroups:
       distance = lanes.position[:, :, None] - keys.position[:, None, :]
       mask &= distance < self.sliding_window
     return mask
+
+  def turns(self, lanes: Lanes, keys: KeyColumns, mask: jax.Array) -> Turns | None:
+    """Each thinker reads the prompt, the others' texts by number, and its own last (Hogwild! inference).
+
+    Keys of texts were turned by their places in their own text (arXiv 2504.06261, section 3.4). Prompt p0
+    p1, texts of 2 and 3 tokens: the second thinker's newest token stands at 2 + 2 + 2 = 6 as the
+    prompt sees it, the other's tokens are 2 and 3, its own 4, 5 and 6.
+    """
+    if not self.rotated:
+      return None
+    assert lanes.origin is not None and keys.origin is not None
+    number = jnp.arange(self.rotated)
+    of_block = keys.origin.owner[:, None, :, None] == number
+    seen = jnp.sum(mask[..., None] & of_block, axis=2)
+    own = lanes.origin.owner[..., None] == number
+    others = jnp.where(own, 0, seen)
+    total = jnp.sum(others, axis=-1, keepdims=True)
+    before = jnp.cumsum(others, axis=-1) - others
+    of_prompt = keys.origin.owner[:, None, :] == PROMPT
+    prompt = jnp.sum(mask & of_prompt, axis=2)[..., None]
+    moves = jnp.concatenate([jnp.where(own, 0, total - before), prompt + total], axis=-1)
+    # The prompt's last token, which all texts feed together, stands where it is.
+    moves = jnp.where(lanes.origin.owner[..., None] == PROMPT, 0, moves)
+    owner = keys.origin.owner
+    return Turns(positions=moves, block=jnp.where(owner == PROMPT, self.rotated, owner))
 
 
 def consecutive_lanes(first: jax.Array, count: jax.Array, *, num_lanes: int) -> Lanes:

@@ -27,6 +27,9 @@ class Positions(enum.Enum):
 
   SLOTS = 'slots'  # A block of positions of its own: prompt + slot * slot_width + t (the paper's).
   SHARED = 'shared'  # prompt + t, the same for all.
+  # As if each thinker read the prompt, the others' texts and its own text, in this order (Hogwild!
+  # inference): keys stand at t, and queries are moved for each text that they meet.
+  ROTATED = 'rotated'
 
 
 @struct.dataclass
@@ -176,8 +179,10 @@ def _feed_of_groups(state: DecodeState, group: Grouping) -> Feed:
   step = group.start + age
   if group.positions is Positions.SLOTS:
     position = group.shared + group.slot * group.slot_width + age
-  else:
+  elif group.positions is Positions.SHARED:
     position = group.shared + step
+  else:
+    position = age
   position = jnp.where(of_prompt, group.fed, position)
   by_text = Origin(
     owner=jnp.where(of_prompt, PROMPT, group.thinker),

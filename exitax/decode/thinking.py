@@ -17,6 +17,8 @@ from exitax.decode.groups import (
   ThinkConfig,
   Thinker,
   begin_groups,
+  last_position,
+  numbers_of,
   policy_for,
   slot_width_of,
 )
@@ -25,6 +27,7 @@ from exitax.decode.lanes import InGroups
 from exitax.decode.loop import run_steps
 from exitax.decode.policies import ExitPolicy, FullDepth
 from exitax.decode.results import Completion, completions_since
+from exitax.decode.texts import Positions
 from exitax.errors import UserError
 from exitax.models import ExitLM, Params
 
@@ -142,7 +145,10 @@ class GroupRun:
       cache_format=cache_format,
       spare=spare,
     )
-    self._plan, self._visibility = plan, InGroups(model.config.sliding_window)
+    rotated = 0
+    if config.positions is Positions.ROTATED:
+      rotated = 1 + max(number for group in groups for number in numbers_of(group)) + spare.texts
+    self._plan, self._visibility = plan, InGroups(model.config.sliding_window, rotated)
     self._seen = np.zeros(self.state.step.shape, np.int32)
 
   @property
@@ -186,14 +192,17 @@ class GroupRun:
       raise UserError(f'text {text} has not ended: stop it first')
     if not len(thinker.header) or thinker.number is None or thinker.slot is None:
       raise UserError('a text that begins later needs a header, a number and a slot')
+    highest = self._visibility.rotated - 1
+    if self._visibility.rotated and thinker.number > highest:
+      raise UserError(f'number={thinker.number} is above {highest}, the last that has room')
     budget = thinker.max_new_tokens or self._config.max_new_tokens
     needed, width = len(thinker.header) + budget, slot_width_of(own, self._config)
     if needed > self._spare.tokens:
       raise UserError(f'{needed} tokens of a new text exceed the room for {self._spare.tokens}')
-    last = len(own.prompt) + thinker.slot * width + needed
+    last = last_position(own, self._config, thinker)
     if last > config.max_length:
       raise UserError(
-        f'slot {thinker.slot} with {needed} tokens ends at {last}, beyond the context of '
+        f'{needed} tokens of a new text end at position {last}, beyond the context of '
         f'{config.max_length}'
       )
     header = np.zeros((self._spare.tokens,), np.int32)

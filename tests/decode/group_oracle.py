@@ -13,7 +13,7 @@ import numpy as np
 from exitax import decode
 from exitax.decode import Group, GroupRun, ThinkConfig
 from exitax.decode.texts import next_feed
-from exitax.layers import dot_product_attention
+from exitax.layers import dot_product_attention, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +183,60 @@ def _masked_forward(model, params, tokens, positions, mask):
     features, _ = model.exit_features(params, exit_config, stream, rotary=None, attend=None)
     scores.append(model.logits(params, exit_config, features))
   return jnp.stack(scores)
+
+
+def expected_in_views(model, params, group: Group, mode: str, fed: Sequence[Fed]) -> np.ndarray:
+  """As `expected_scores` at the final layer, for rotated positions.
+
+  Every token reads the prompt, the other thinkers' texts in their order and its own text, of each what it
+  sees, side by side: queries and keys of each pair are turned by their places in that order.
+  """
+  prompt, own = list(group.prompt), [item for item in fed if item.step >= 0]
+  length, size = len(prompt), len(prompt) + len(own)
+  place = np.zeros((size, size), int)
+  mask = np.zeros((size, size), bool)
+  mask[:length, :length] = np.tri(length, dtype=bool)
+  place[:, :length] = np.arange(length)
+  for i, query in enumerate(own):
+    mask[length + i, :length] = True
+    after = length
+    others = [text for text in range(len(group.thinkers)) if text != query.text]
+    for text in [*others, query.text]:
+      for j, key in enumerate(own):
+        visible = key.text == text and (
+          key.step <= query.step
+          if text == query.text
+          else sees(mode, other=(key.step, key.text), query=(query.step, query.text))
+        )
+        if visible:
+          mask[length + i, length + j] = True
+          place[length + i, length + j] = after + key.step
+      after += sum(mask[length + i, length + j] for j, key in enumerate(own) if key.text == text)
+  tokens = [*prompt, *(item.token for item in own)]
+  scores = np.asarray(_view_forward(model, params, np.asarray([tokens]), place, mask))[0]
+  at = {(item.text, item.step): length + i for i, item in enumerate(own)}
+  return scores[[at.get((item.text, item.step), length - 1) for item in fed]]
+
+
+def _view_forward(model, params, tokens, place, mask):
+  """One forward in which query i and key j are turned by `place[i, i]` and `place[i, j]`."""
+  still = model.rotary(jnp.zeros(tokens.shape, jnp.int32))
+  query_turn = model.rotary(jnp.asarray(np.diagonal(place))[None])
+  key_turn = model.rotary(jnp.asarray(place))
+
+  def attend(query, key, value):
+    query = rotate(query, query_turn)[0]
+    keys = rotate(jnp.broadcast_to(key, (len(place), *key.shape[1:])), key_turn)
+    repeats = query.shape[1] // keys.shape[2]
+    logits = jnp.einsum('ihd,ijhd->hij', query, jnp.repeat(keys, repeats, axis=2))
+    logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1)
+    mixed = jnp.einsum('hij,jhd->ihd', weights, jnp.repeat(value[0], repeats, axis=1))
+    return mixed[None], None
+
+  hidden = model.hidden_at_exits(params, model.embed(params, tokens), rotary=still, attend=attend)
+  features, _ = model.exit_features(params, None, hidden[-1], rotary=None, attend=None)
+  return model.logits(params, None, features)
 
 
 def _or(value, default):

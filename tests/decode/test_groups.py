@@ -13,7 +13,12 @@ from exitax import decode
 from exitax.decode import Group, Sampler, Sees, ThinkConfig, Thinker, stream_thoughts, think
 from exitax.errors import UserError
 from exitax.layers import Precision
-from tests.decode.group_oracle import expected_scores, masked_forward, run_groups
+from tests.decode.group_oracle import (
+  expected_in_views,
+  expected_scores,
+  masked_forward,
+  run_groups,
+)
 
 MODES = ('full', 'interleaved', 'strict', 'lag:3', 'none')
 SCHEMES = ('slots', 'shared')
@@ -66,9 +71,10 @@ def split(groups, fed):
 # 1. One thinker is ordinary decoding.
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('scheme', ['slots', 'shared', 'rotated'])
+@pytest.mark.parametrize('mode', ['full', 'none'])
 @pytest.mark.parametrize('sampler', [Sampler(), WARM])
-def test_one_thinker_is_ordinary_decoding(tiny, mode, sampler):
+def test_one_thinker_is_ordinary_decoding(tiny, mode, sampler, scheme):
   model, params = tiny()
   expected = decode.generate(
     model, params, PROMPTS, max_new_tokens=12, sampler=sampler, seed=5, stop_tokens=(7,)
@@ -77,7 +83,7 @@ def test_one_thinker_is_ordinary_decoding(tiny, mode, sampler):
     Group(prompt=prompt, thinkers=[Thinker(seed=5 + i, sampler=sampler)], sees=Sees.parse(mode))
     for i, prompt in enumerate(PROMPTS)
   ]
-  config = ThinkConfig(max_new_tokens=12)
+  config = ThinkConfig(max_new_tokens=12, positions=scheme)
   found = think(model, params, groups, config, stop_tokens=(7,))
   for (ours,), theirs in zip(found, expected.completions, strict=True):
     assert ours.tokens.tolist() == theirs.tokens.tolist()
@@ -109,6 +115,18 @@ def test_cached_scores_are_those_of_one_masked_forward(exact, mode, scheme):
   _, fed = run_groups(model, params, groups, config, stop_tokens=range(30, 36))
   for group, own in split(groups, fed):
     wanted = expected_scores(model, params, group, mode, own, positions=scheme, width=14)[-1]
+    found = np.stack([item.scores for item in own])
+    assert np.abs(found - wanted).max() <= TOLERANCE * max(np.abs(wanted).max(), 1)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_rotated_queries_read_each_text_in_the_thinkers_own_order(exact, mode):
+  model, params = exact
+  groups = [trio(mode), pair(mode)]
+  config = ThinkConfig(max_new_tokens=6, positions='rotated')
+  _, fed = run_groups(model, params, groups, config, stop_tokens=range(30, 33))
+  for group, own in split(groups, fed):
+    wanted = expected_in_views(model, params, group, mode, own)
     found = np.stack([item.scores for item in own])
     assert np.abs(found - wanted).max() <= TOLERANCE * max(np.abs(wanted).max(), 1)
 

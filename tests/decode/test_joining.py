@@ -105,7 +105,7 @@ def test_a_text_that_is_stopped_is_silent_and_stays_visible(exact):
     (2, {'header': ()}, 'needs a header, a number and a slot'),
     (2, {'number': None}, 'needs a header, a number and a slot'),
     (2, {'max_new_tokens': 10}, '13 tokens of a new text exceed the room for 12'),
-    (2, {'slot': 9}, 'slot 9 with 8 tokens ends at 137, beyond the context of 128'),
+    (2, {'slot': 9}, '8 tokens of a new text end at position 137, beyond the context of 128'),
   ],
 )
 def test_bad_new_texts_are_named(tiny, text, changes, words):
