@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from exitax.commands.think import Board
 from exitax.decode import StopReason
+from exitax.errors import UserError
 from exitax.language_model import ANSWER, ThinkTemplate, ThoughtEvent
 from tests.commands.conftest import RunCommand
 
@@ -98,7 +101,7 @@ def test_twins_are_warned_of(exitax: RunCommand, trained: Path, tmp_path: Path):
 def test_bad_templates_are_named(tmp_path: Path, text: str, words: str):
   path = tmp_path / 'bad.toml'
   path.write_text(text)
-  with pytest.raises(ValueError, match=words):
+  with pytest.raises(UserError, match=words):
     ThinkTemplate.read(path)
 
 
@@ -112,8 +115,6 @@ def test_the_packaged_template_names_everybody():
 
 
 def test_a_board_shows_columns_and_the_answer():
-  from rich.console import Console
-
   board = Board(2, (1, 2))
   for thinker, piece in [(0, 'left'), (1, 'right'), (ANSWER, 'sum')]:
     board.add(
@@ -126,7 +127,7 @@ def test_a_board_shows_columns_and_the_answer():
         stop_reason=StopReason.BUDGET,
       )
     )
-  console = Console(width=60, record=True, force_terminal=True, file=open('/dev/null', 'w'))
+  console = Console(width=60, record=True, force_terminal=True, file=io.StringIO())
   console.print(board.columns())
   lines = console.export_text().splitlines()
   assert any('left' in line and 'right' in line for line in lines)
