@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterable
 
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
 from exitax.commands import flags as flag_groups
 from exitax.commands import gin_config
+from exitax.commands.console import CommandConsole
 from exitax.commands.depths import depth_style, depth_summary
 from exitax.commands.generate import read_prompts
 from exitax.decode import Sampler, StopReason
@@ -108,7 +109,7 @@ def run(flags: argparse.Namespace) -> int:
     confidence=flags.confidence,
     sampler=_sampler(model.default_sampler, flags),
   )
-  console = Console(highlight=False, soft_wrap=True)
+  console = CommandConsole()
   board = Board(settings.thinkers, model.config.depths)
   show_live = console.is_terminal and not flags.json
   start = time.perf_counter()
