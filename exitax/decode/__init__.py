@@ -14,7 +14,7 @@ from exitax.decode.cache import (
 )
 from exitax.decode.commit import commit
 from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit, cosine
-from exitax.decode.depth import ExitPlan, Filling
+from exitax.decode.depth import ExitPlan
 from exitax.decode.draft_choice import (
   DraftCosts,
   DraftStats,
@@ -54,6 +54,7 @@ from exitax.decode.policies import (
 from exitax.decode.prepare import WeightFormat, prepare_params
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
+from exitax.decode.segments import Filling
 
 # Slots that requests take and leave.
 from exitax.decode.slots import (

@@ -10,10 +10,11 @@ import numpy as np
 
 from exitax.decode.acceptance import Acceptance
 from exitax.decode.confidence import OF_SCORES, Confidence
-from exitax.decode.depth import ExitPlan, Filling
+from exitax.decode.depth import ExitPlan
 from exitax.decode.draft_choice import DraftCosts, draft_buckets, estimate_costs
 from exitax.decode.pipeline import PipelinePlan
 from exitax.decode.plan import Record, StepPlan
+from exitax.decode.segments import Filling
 from exitax.decode.speculation import DraftPlan
 from exitax.decode.stage_placement import StagedPlacement
 from exitax.errors import UserError

@@ -29,7 +29,6 @@ from exitax.decode.acceptance import Acceptance, Verdict, choose_lanes, judge
 from exitax.decode.cache import KVCache
 from exitax.decode.commit import token_scores
 from exitax.decode.confidence import Confidence
-from exitax.decode.depth import run_if
 from exitax.decode.draft_choice import DraftCosts, DraftStats, choose_draft, no_stats, remember
 from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
@@ -37,6 +36,7 @@ from exitax.decode.placement import LocalPlan
 from exitax.decode.plan import Agreement, Gain, TokenScores
 from exitax.decode.sampler import choose_tokens
 from exitax.decode.scores import head_logits, scores_dtype
+from exitax.decode.segments import run_if
 from exitax.decode.state import DecodeState
 from exitax.layers import HeadKind
 from exitax.models import ExitLM, Params

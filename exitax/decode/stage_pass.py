@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from exitax.decode.cache import KVCache, LayerCache
-from exitax.decode.depth import run_if
 from exitax.decode.extend import cached_attend, extend
 from exitax.decode.lanes import KeyColumns, Lanes, Visibility
+from exitax.decode.segments import run_if
 from exitax.decode.stage_tables import StageTables
 from exitax.models import ExitLM, Params
 from exitax.parallel import PIPELINE_AXIS
