@@ -1,0 +1,105 @@
+"""Enumeration: write every item of a list, none twice (Group Think, arXiv 2505.11107, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from exitax.data.group_tasks.units import ABORT, WAIT
+from exitax.errors import UserError
+
+# Single characters that stand for nothing else.
+SYMBOLS = ''.join(
+  char
+  for char in string.ascii_letters + string.digits + string.punctuation
+  if char not in ABORT + WAIT
+)
+
+
+_KEY_LENGTH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Enumeration:
+  """A list of items, each of which is a unit.
+
+  Attributes:
+    items: all of one length, different from each other in their first two characters.
+  """
+
+  items: tuple[str, ...]
+
+  @property
+  def prompt(self) -> str:
+    """The list."""
+    return f'list {" ".join(self.items)}\n'
+
+  @property
+  def num_units(self) -> int:
+    """The items."""
+    return len(self.items)
+
+  @property
+  def key_length(self) -> int:
+    """Two characters, if items have as many."""
+    return min(len(self.items[0]), _KEY_LENGTH)
+
+  @property
+  def unit_length(self) -> int:
+    """An item's."""
+    return len(self.items[0])
+
+  def key(self, unit: int) -> str:
+    """How the item begins."""
+    return self.items[unit][:_KEY_LENGTH]
+
+  def ready(self, unit: int, written: Mapping[int, str]) -> bool:
+    """Always."""
+    del unit, written
+    return True
+
+  def text(self, unit: int, written: Mapping[int, str]) -> str:
+    """The item."""
+    del written
+    return self.items[unit]
+
+  def coverage(self, writings: Sequence[tuple[int, str]]) -> float:
+    """Share of the items that somebody wrote."""
+    return len({unit for unit, _ in writings}) / len(self.items)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnumerationTask:
+  """Lists of different items at random.
+
+  Attributes:
+    num_items: of a list.
+    item_length: characters of an item; of longer ones thinkers see the beginnings.
+  """
+
+  num_items: int = 32
+  item_length: int = 1
+  name = 'enumeration'
+
+  def __post_init__(self) -> None:
+    if self.item_length < 1:
+      raise UserError(f'item_length={self.item_length} must be at least 1')
+    most = len(SYMBOLS) if self.item_length == 1 else len(SYMBOLS) ** _KEY_LENGTH // 4
+    if not 1 <= self.num_items <= most:
+      raise UserError(
+        f'num_items={self.num_items} of item_length={self.item_length} is outside 1 to {most}: longer items '
+        'are more'
+      )
+
+  def problem(self, rng: np.random.Generator) -> Enumeration:
+    """A list."""
+    if self.item_length == 1:
+      return Enumeration(tuple(rng.permutation(list(SYMBOLS))[: self.num_items].tolist()))
+    items: dict[str, str] = {}
+    while len(items) < self.num_items:
+      item = ''.join(rng.choice(list(SYMBOLS), self.item_length))
+      items.setdefault(item[:_KEY_LENGTH], item)
+    return Enumeration(tuple(items.values()))
