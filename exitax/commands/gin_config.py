@@ -18,6 +18,7 @@ import gin.config
 import gin
 from exitax import checkpoint, data, evaluate, models, objectives, parallel, training
 from exitax.commands.gin_types import allows, described, parameter_types
+from exitax.data import group_tasks
 from exitax.errors import UserError, choose
 from exitax.evaluate.advice import AdviseConfig
 from exitax.evaluate.calibration import CalibrateConfig
@@ -39,6 +40,13 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   objectives.ExitCurriculum,
   objectives.ExitWeight,
   data.DataConfig,
+  data.GroupDataConfig,
+  data.GroupMix,
+  group_tasks.Teacher,
+  group_tasks.EnumerationTask,
+  group_tasks.FloydWarshallTask,
+  group_tasks.TreeSumTask,
+  group_tasks.TemplateTask,
   data.SplitConfig,
   data.BpeVocabulary,
   data.ByteVocabulary,
@@ -143,7 +151,7 @@ def register() -> None:
   for item in (*CONFIGURABLE_CLASSES, exits, model_of, tokenizer_of, exit_weights, feature_length):
     make_configurable(item)
   # Commands register what they alone read, so that every file is valid for every command.
-  for command in ('train', 'generate', 'serve', 'tune_confidence'):
+  for command in ('train', 'generate', 'serve', 'think', 'tune_confidence'):
     importlib.import_module(f'exitax.commands.{command}')
   # Files are files: gin would also look inside Python packages, and takes a folder of the same name
   # as `include 'runs/...'` in the current directory for one that it cannot read.

@@ -4,18 +4,18 @@ Importing this needs jax and numpy alone; `tokenizers`, `grain` and `tensorflow_
 imported by what uses them.
 """
 
-from exitax.data.batch import Batch, empty_row, stack_rows
-from exitax.data.build import (
-  BpeVocabulary,
-  ByteVocabulary,
-  Data,
-  DataConfig,
-  SavedVocabulary,
-  Vocabulary,
-  build_data,
-)
+from exitax.data.batch import Batch, Origins, empty_row, stack_rows
+from exitax.data.build import Data, DataConfig, build_data
 from exitax.data.cache import cache_root
 from exitax.data.evaluation import EvalLoader
+from exitax.data.group_data import (
+  GROUP_TASKS,
+  GroupData,
+  GroupDataConfig,
+  build_group_data,
+  find_group_task,
+)
+from exitax.data.group_rows import GroupMix, GroupRows
 from exitax.data.huggingface import BpeTokenizer, HuggingFaceTokenizer
 from exitax.data.jsonl import JsonlSource
 from exitax.data.loader import TrainLoader, TrainRows
@@ -53,6 +53,7 @@ from exitax.data.tokenizers import (
   load_tokenizer,
   start_id,
 )
+from exitax.data.vocabulary import BpeVocabulary, ByteVocabulary, SavedVocabulary, Vocabulary
 
 __all__ = [
   # One call.
@@ -63,8 +64,17 @@ __all__ = [
   'ByteVocabulary',
   'SavedVocabulary',
   'Vocabulary',
+  # Groups of thinkers.
+  'GROUP_TASKS',
+  'GroupData',
+  'GroupDataConfig',
+  'GroupMix',
+  'GroupRows',
+  'build_group_data',
+  'find_group_task',
   # Batches and packing.
   'Batch',
+  'Origins',
   'PackedRows',
   'TokenStream',
   'empty_row',

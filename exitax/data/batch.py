@@ -11,6 +11,28 @@ import numpy as np
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Origins:
+  """Whose each token is, in rows that the texts of a group share: the fields of `layers.Origin`.
+
+  Attributes:
+    owner: int32 `[batch, length]`, the thinker, or -1 for the prompt.
+    step: int32, the thinker's tokens before it; -1 in the prompt.
+    rank: int32, order within a step.
+    lag: int32, of a query: it sees tokens of others that are at least so many steps old.
+    by_rank: bool, of a query: of the same step it sees those of lower rank.
+    sees_all: bool, of a query: it sees everything.
+  """
+
+  owner: np.ndarray | jax.Array
+  step: np.ndarray | jax.Array
+  rank: np.ndarray | jax.Array
+  lag: np.ndarray | jax.Array
+  by_rank: np.ndarray | jax.Array
+  sees_all: np.ndarray | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
   """Packed rows of token ids: a JAX pytree of five arrays of the same shape.
 
@@ -30,6 +52,7 @@ class Batch:
       Attention is allowed only between positions of the same id.
     positions: int32 `[batch, length]`, 0, 1, ... restarting with every document piece.
     weights: float32 `[batch, length]`, 1 where the target counts, else 0.
+    origin: of rows that the texts of a group share (see `exitax.data.group_rows`); None elsewhere.
   """
 
   tokens: np.ndarray | jax.Array
@@ -37,17 +60,12 @@ class Batch:
   segment_ids: np.ndarray | jax.Array
   positions: np.ndarray | jax.Array
   weights: np.ndarray | jax.Array
+  origin: Origins | None = None
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
   """Rows, each with arrays `[length]`, stacked into one batch `[len(rows), length]`."""
-  return Batch(
-    tokens=np.stack([row.tokens for row in rows]),
-    targets=np.stack([row.targets for row in rows]),
-    segment_ids=np.stack([row.segment_ids for row in rows]),
-    positions=np.stack([row.positions for row in rows]),
-    weights=np.stack([row.weights for row in rows]),
-  )
+  return jax.tree.map(lambda *parts: np.stack(parts), *rows)
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

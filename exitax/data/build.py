@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import overload
 
 from exitax.data.cache import cache_root, cached_folder, key_of
 from exitax.data.corpus import Corpus, TokenisedCorpus
 from exitax.data.evaluation import EvalLoader
+from exitax.data.group_data import GroupData, GroupDataConfig, build_group_data
 from exitax.data.huggingface import BpeTokenizer
 from exitax.data.loader import TrainLoader, TrainRows
 from exitax.data.packing import PackedRows, TokenStream
@@ -18,29 +20,8 @@ from exitax.data.splits import SplitConfig
 from exitax.data.stats import CorpusStats
 from exitax.data.tasks import Mixture, Task, resolve
 from exitax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from exitax.data.vocabulary import BpeVocabulary, ByteVocabulary, SavedVocabulary, Vocabulary
 from exitax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class ByteVocabulary:
-  """Bytes as tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BpeVocabulary:
-  """A byte-level BPE learnt from the training documents; `vocab_size` is an upper bound."""
-
-  vocab_size: int = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedVocabulary:
-  """A tokenizer from a folder or a `tokenizer.json`."""
-
-  path: str
-
-
-Vocabulary = ByteVocabulary | BpeVocabulary | SavedVocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +111,28 @@ class Data:
       max_rows=max_rows,
     )
 
+  def check_context(self, max_length: int) -> None:
+    """Positions of documents stay below the length of a row, which the run has compared."""
+    del max_length
+
   def _rows(self, stream: TokenStream) -> PackedRows:
     return PackedRows(stream, length=self.config.length, pad_id=self.tokenizer.pad_id)
 
 
+@overload
 def build_data(
   config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress = progress_bar
-) -> Data:
+) -> Data: ...
+@overload
+def build_data(
+  config: GroupDataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress = progress_bar
+) -> GroupData: ...
+def build_data(
+  config: DataConfig | GroupDataConfig,
+  *,
+  tokenizer: Tokenizer | None = None,
+  progress: Progress = progress_bar,
+) -> Data | GroupData:
   """Reads, splits and tokenises the corpus of `config`, or finds it in the cache.
 
   Args:
@@ -147,6 +143,8 @@ def build_data(
   Raises:
     UserError: anything about the corpus, tokenizer, split or cache that a user can mend.
   """
+  if isinstance(config, GroupDataConfig):
+    return build_group_data(config, tokenizer=tokenizer)
   mixture = resolve(config.mixture)
   corpus = Corpus(mixture, split=config.split, progress=progress)
   root = cache_root(config.cache_dir)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from exitax.data.batch import Batch, empty_row, stack_rows
+from exitax.data.batch import Batch, stack_rows
+from exitax.data.group_rows import GroupRows
 from exitax.data.packing import PackedRows
 from exitax.data.shard import WHOLE, Shards, parts_of
 from exitax.errors import UserError
@@ -19,7 +20,7 @@ class EvalLoader:
 
   def __init__(
     self,
-    parts: Sequence[PackedRows],
+    parts: Sequence[PackedRows | GroupRows],
     *,
     batch_size: int,
     shard: Shards = WHOLE,
@@ -47,7 +48,7 @@ class EvalLoader:
     sizes = [(part.process_index, part.local_batch_size(batch_size)) for part in parts_of(shard)]
     # Places of this process's rows in a batch.
     self._own = [index * size + i for index, size in sizes for i in range(size)]
-    self._padding = empty_row(length=parts[0].length, pad_id=parts[0].pad_id)
+    self._padding = parts[0].padding
 
   def __len__(self) -> int:
     """Batches in one pass."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from exitax.data.batch import Batch, concatenate, stack_rows
 from exitax.data.cache import key_of
+from exitax.data.group_rows import GroupRows
 from exitax.data.packing import PackedRows
 from exitax.data.shard import WHOLE, Shard, Shards, parts_of
 from exitax.errors import UserError
@@ -29,7 +30,7 @@ class TrainRows:
   """The rows of one task and their share of the mixture."""
 
   name: str
-  rows: PackedRows
+  rows: PackedRows | GroupRows
   weight: float = 1.0
 
 

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from exitax.data.batch import Batch, stack_rows
+from exitax.data.batch import Batch, empty_row, stack_rows
 from exitax.data.tokenizers import Tokenizer, start_id
 from exitax.errors import UserError
 
@@ -71,6 +71,11 @@ class PackedRows(Sequence[Batch]):
     self.stream = stream
     self.length = length
     self.pad_id = pad_id
+
+  @property
+  def padding(self) -> Batch:
+    """A row `[length]` that holds nothing."""
+    return empty_row(length=self.length, pad_id=self.pad_id)
 
   def __len__(self) -> int:
     """The number of rows."""

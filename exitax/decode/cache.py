@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from exitax.decode.lanes import PROMPT, KeyColumns, Lanes, Origin
-from exitax.layers import Int8, quantise
+from exitax.decode.lanes import KeyColumns, Lanes
+from exitax.layers import PROMPT, Int8, Origin, quantise
 from exitax.models import ModelConfig
 from exitax.parallel import constrain
 

@@ -9,29 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-# Owner of the tokens of a prompt, which all texts of a row share.
-PROMPT = -1
-
-
-@struct.dataclass
-class Origin:
-  """Who fed a token and when, in a row that several texts share; i32 or bool `[rows, n]` each.
-
-  Attributes:
-    owner: the thinker, or `PROMPT`.
-    step: of the row; -1 in the prompt.
-    rank: order within a step.
-    lag: of a query: it sees tokens of others that are at least so many steps old.
-    by_rank: of a query: of the same step it sees those of lower rank; `lag` is not read then.
-    sees_all: of a query: it sees everything, whatever the two say.
-  """
-
-  owner: jax.Array
-  step: jax.Array
-  rank: jax.Array
-  lag: jax.Array
-  by_rank: jax.Array
-  sees_all: jax.Array
+from exitax.layers import PROMPT, Origin, sharing_mask
 
 
 @struct.dataclass
@@ -124,12 +102,7 @@ class Causal:
 
 @dataclasses.dataclass(frozen=True)
 class InGroups:
-  """Sees the prompt, its own text, and of the others what each query's `Origin` says (Group Think).
-
-  A query of thinker n at step t sees a token of another thinker of step s if s <= t - lag, or, by rank, if
-  s < t or s = t and its rank is lower. A lag of 0 is the paper's conditioning on everyone's first
-  t tokens; 1 sees only finished steps; one larger than any text sees no others: independent texts
-  on a shared prompt. `by_rank` is the ordinary causal mask over tokens cached in turns.
+  """Sees the prompt, its own text, and of the others what each query's `Origin` says (`sharing_mask`).
 
   Attributes:
     sliding_window: number of latest positions seen; None sees all.
@@ -141,13 +114,8 @@ class InGroups:
 
   def __call__(self, lanes: Lanes, keys: KeyColumns) -> jax.Array:
     assert lanes.origin is not None and keys.origin is not None, 'rows without groups are Causal'
-    query = jax.tree.map(lambda array: array[:, :, None], lanes.origin)
-    key = jax.tree.map(lambda array: array[:, None, :], keys.origin)
-    by_rank = (key.step < query.step) | ((key.step == query.step) & (key.rank < query.rank))
-    others = jnp.where(query.by_rank, by_rank, key.step <= query.step - query.lag)
-    own = (key.owner == query.owner) & (key.step <= query.step)
-    other = (key.owner != query.owner) & (others | query.sees_all)
-    mask = keys.valid[:, None, :] & ((key.owner == PROMPT) | own | other)
+    mask = sharing_mask(lanes.origin, keys.origin, lanes.position, keys.position)
+    mask &= keys.valid[:, None, :]
     if self.sliding_window is not None:
       distance = lanes.position[:, :, None] - keys.position[:, None, :]
       mask &= distance < self.sliding_window

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from exitax.decode.lanes import PROMPT, Lanes, Origin, consecutive_lanes
+from exitax.decode.lanes import Lanes, consecutive_lanes
+from exitax.layers import PROMPT, Origin
 
 if TYPE_CHECKING:
   from exitax.decode.state import DecodeState

@@ -34,9 +34,13 @@ from exitax.layers.rotary import (
   make_rotary,
   rotate,
 )
+from exitax.layers.sharing import PROMPT, Origin, sharing_mask
 from exitax.layers.splash import fuses_attention, splash_attention
 
 __all__ = [
+  'PROMPT',
+  'Origin',
+  'sharing_mask',
   'MASKED_LOGIT',
   'AttendFn',
   'Attention',

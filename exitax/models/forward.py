@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from exitax.layers import AttendFn, causal_attention, fuses_attention, splash_attention
+from exitax.layers import (
+  AttendFn,
+  causal_attention,
+  dot_product_attention,
+  fuses_attention,
+  sharing_mask,
+  splash_attention,
+)
 from exitax.models.dropout import Dropout
 from exitax.models.exit_lm import ExitLM, Params
 
@@ -61,6 +68,30 @@ def packed_attend(
   return attend
 
 
+def group_attend(
+  origin: Any, segment_ids: jax.Array, positions: jax.Array, sliding_window: int | None
+) -> AttendFn:
+  """An `AttendFn` for rows in which the texts of a group lie, step after step; it keeps no state.
+
+  Sees what `sharing_mask` says; padding sees padding.
+
+  Args:
+    origin: an `Origin`, or anything with its fields, `[batch, length]` each.
+    segment_ids: i32 `[batch, length]`; 0 is padding.
+    positions: i32 `[batch, length]`.
+    sliding_window: number of latest positions that are seen, or None.
+  """
+  mask = sharing_mask(origin, origin, positions, positions)
+  mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+  if sliding_window is not None:
+    mask &= positions[:, :, None] - positions[:, None, :] < sliding_window
+
+  def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+    return dot_product_attention(query, key, value, mask), None
+
+  return attend
+
+
 def features_at_exits(
   model: ExitLM,
   params: Params,
@@ -68,6 +99,7 @@ def features_at_exits(
   segment_ids: jax.Array,
   positions: jax.Array,
   *,
+  origin: Any = None,
   dropout: Dropout | None = None,
   depth: int | None = None,
 ) -> tuple[jax.Array, ...]:
@@ -78,15 +110,20 @@ def features_at_exits(
     params: parameters with stacked blocks.
     tokens: i32 `[batch, length]`.
     segment_ids: i32 `[batch, length]`; 0 is padding.
-    positions: i32 `[batch, length]`, each less than the length.
+    positions: i32 `[batch, length]`, each less than the length; with `origin`, than the context.
+    origin: whose each token is, in rows that the texts of a group share (see `group_attend`); None elsewhere.
     dropout: what a training step drops; None outside of training.
     depth: how many layers to run: the exits up to there, and no final head; None runs all.
 
   Returns:
     One `[batch, length, embed]` per exit, in the model's compute dtype.
   """
-  rotary = model.rotary(positions, below=positions.shape[-1])
-  attend = packed_attend(segment_ids, positions, model.config.sliding_window)
+  if origin is None:
+    rotary = model.rotary(positions, below=positions.shape[-1])
+    attend = packed_attend(segment_ids, positions, model.config.sliding_window)
+  else:
+    rotary = model.rotary(positions, below=model.config.max_length)
+    attend = group_attend(origin, segment_ids, positions, model.config.sliding_window)
   hidden = model.embed(params, tokens)
   if dropout is not None:
     hidden = dropout.drop_embedding(hidden)
@@ -101,9 +138,15 @@ def features_at_exits(
 
 
 def logits_at_exits(
-  model: ExitLM, params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array
+  model: ExitLM,
+  params: Params,
+  tokens: jax.Array,
+  segment_ids: jax.Array,
+  positions: jax.Array,
+  *,
+  origin: Any = None,
 ) -> jax.Array:
   """Every exit's scores, `[num_exits + 1, batch, length, vocab]`: small models and oracles only."""
-  features = features_at_exits(model, params, tokens, segment_ids, positions)
+  features = features_at_exits(model, params, tokens, segment_ids, positions, origin=origin)
   heads = (*model.config.exits, None)
   return jnp.stack([model.logits(params, head, x) for head, x in zip(heads, features, strict=True)])

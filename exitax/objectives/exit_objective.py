@@ -81,6 +81,7 @@ class PackedBatch(Protocol):
     segment_ids: i32 `[batch, length]`; 0 is padding.
     positions: i32 `[batch, length]`.
     weights: f32 `[batch, length]`; 0 leaves a target out.
+    origin: whose each token is, in rows that the texts of a group share; None elsewhere.
   """
 
   tokens: jax.Array
@@ -88,6 +89,7 @@ class PackedBatch(Protocol):
   segment_ids: jax.Array
   positions: jax.Array
   weights: jax.Array
+  origin: Any
 
 
 def exit_objective(
@@ -115,7 +117,14 @@ def exit_objective(
     The loss, a scalar, and the sums of every exit for metrics.
   """
   features = features_at_exits(
-    model, params, batch.tokens, batch.segment_ids, batch.positions, dropout=dropout, depth=depth
+    model,
+    params,
+    batch.tokens,
+    batch.segment_ids,
+    batch.positions,
+    origin=batch.origin,
+    dropout=dropout,
+    depth=depth,
   )
   loss, sums = losses_of_exits(
     model, params, dict(enumerate(features)), batch, exit_weights, config=config

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from exitax.data import Batch
+from exitax.data import Batch, GroupDataConfig, Origins
 from exitax.errors import UserError
 from exitax.models import ExitLM, Remat
 from exitax.parallel import PIPELINE_AXIS, check_batch_size, count_flops, logical_to_spec
@@ -59,8 +59,12 @@ class Assembly:
     def array(dtype: Any) -> Any:
       return jax.ShapeDtypeStruct((data.batch_size, data.length), dtype, sharding=sharding)
 
-    integers = array(jnp.int32)
-    return Batch(integers, integers, integers, integers, weights=array(jnp.float32))
+    integers, origin = array(jnp.int32), None
+    if isinstance(data, GroupDataConfig):
+      flags = {name: array(jnp.bool_) for name in ('by_rank', 'sees_all')}
+      numbers = dict.fromkeys(('owner', 'step', 'rank', 'lag'), integers)
+      origin = Origins(**numbers, **flags)
+    return Batch(integers, integers, integers, integers, weights=array(jnp.float32), origin=origin)
 
   def model_flops(self) -> int:
     """Flops of a step that computes nothing twice and has no stages: what utilisation counts."""
@@ -80,6 +84,11 @@ def assemble(config: RunConfig, mesh: Mesh) -> Assembly:
   optimizer = make_optimizer(config.optimizer, schedule)
   pipelined = None
   if mesh.shape[PIPELINE_AXIS] > 1:
+    if isinstance(config.data, GroupDataConfig):
+      raise UserError(
+        'groups of thinkers train without pipeline stages: set MeshConfig.pipeline=1 '
+        f'(it is {mesh.shape[PIPELINE_AXIS]})'
+      )
     if config.objective.distillation:
       raise UserError(
         f'distillation={config.objective.distillation} needs the final scores where the exits are: set '

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from exitax.checkpoint import CheckpointConfig
-from exitax.data import DataConfig
+from exitax.data import DataConfig, GroupDataConfig
 from exitax.errors import UserError, choose
 from exitax.layers import HeadKind
 from exitax.models import DropoutConfig, ExitMatrix, ModelConfig
@@ -80,7 +80,7 @@ class RunConfig:
   """
 
   model: ModelConfig
-  data: DataConfig
+  data: DataConfig | GroupDataConfig
   loop: LoopConfig
   objective: ObjectiveConfig = ObjectiveConfig()
   dropout: DropoutConfig = DropoutConfig()

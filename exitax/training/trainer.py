@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from exitax.checkpoint import CheckpointManager, checkpoints_directory, load_model, read_model
-from exitax.data import Data, build_data, check_tokenizer, shards_of_blocks
+from exitax.data import Data, GroupData, build_data, check_tokenizer, shards_of_blocks
 from exitax.errors import UserError
 from exitax.objectives import ExitScore, add_sums, exit_scores, make_score_fn
 from exitax.parallel import (
@@ -84,6 +84,7 @@ def train(
     fix='all hosts need the same files and the same release of Python',
   )
   _check_vocabulary(config, data)
+  data.check_context(config.model.max_length)
   mesh = make_mesh(config.mesh)
   with use(mesh, config.sharding), StopSignal() as stop:
     trainer = _Trainer(config, Path(model_dir), data, mesh, display)
@@ -94,7 +95,7 @@ class _Trainer:
   """One run, with everything it holds open."""
 
   def __init__(
-    self, config: RunConfig, model_dir: Path, data: Data, mesh: Any, display: Display
+    self, config: RunConfig, model_dir: Path, data: Data | GroupData, mesh: Any, display: Display
   ) -> None:
     self._config = config
     self._loop = config.loop
@@ -331,7 +332,7 @@ def _metrics_writer(model_dir: Path, resumed_step: int) -> FileMetricsWriter | _
   return FileMetricsWriter(model_dir, resumed_step=resumed_step)
 
 
-def _check_vocabulary(config: RunConfig, data: Data) -> None:
+def _check_vocabulary(config: RunConfig, data: Data | GroupData) -> None:
   if data.tokenizer.vocab_size > config.model.vocab_size:
     raise UserError(
       f'the tokenizer has {data.tokenizer.vocab_size} ids, vocab_size={config.model.vocab_size} '
