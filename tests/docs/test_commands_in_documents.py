@@ -141,9 +141,17 @@ def _make_source(command: str, runs: Path) -> None:
     run_command(f'{LORA_COMMAND} --model_dir={source}', runs)
 
 
+def _make_backbone(command: str, runs: Path) -> None:
+  """The model that a command trains on, which another command of the same file trains."""
+  for name in re.findall(r'(?:BACKBONE=\S*|--backbone=)runs/(\w+)', command):
+    if not (runs / name).exists():
+      run_command(f'train --gin_file=gin/runs/{name}.gin --model_dir=runs/{name}', runs)
+
+
 def run_command(command: str, runs: Path) -> None:
   """Runs a documented command with directories below `runs` and small sizes."""
   argv = placed(command, runs)
+  _make_backbone(command, runs)
   if argv[0] == 'train':
     argv += SMALL_TUNING if 'BACKBONE' in command else SMALL
   elif argv[0] == 'tune-exits':
