@@ -76,6 +76,7 @@ TESTED = (
   'calibrate',
   'advise',
   'generate',
+  'think',
   'convert',
   'inspect',
   'plan',
@@ -102,6 +103,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Where `runs/` of the documents is; `runs/quickstart` has been trained."""
   runs = tmp_path_factory.mktemp('documents')
   run_command('train --gin_file=gin/runs/quickstart.gin --model_dir=runs/quickstart', runs)
+  # The packaged one is longer than the small model's context.
+  (runs / 'think.toml').write_text('prompt = "{problem}"\nheader = "|{thinker}"\nanswer = "="\n')
   (runs / 'prompts.jsonl').write_text('{"prompt": "def "}\n{"prompt": "import "}\n' * 4)
   return runs
 
@@ -165,6 +168,8 @@ def run_command(command: str, runs: Path) -> None:
   elif argv[0] == 'generate':
     argv += ['--max_new_tokens=4']
     _certify_if_asked(command, runs)
+  elif argv[0] == 'think':
+    argv += ['--tokens=4', '--answer_tokens=4', f'--template={runs / "think.toml"}']
   elif argv[0] == 'convert':
     _make_source(command, runs)
   elif argv[0] == 'plan':
@@ -204,7 +209,7 @@ def test_documented_command(
     with serving(command.replace('runs/mine', 'runs/quickstart'), model_dirs, subprocess_env):
       return
   if (
-    command.startswith(('evaluate', 'advise', 'calibrate', 'generate', 'convert'))
+    command.startswith(('evaluate', 'advise', 'calibrate', 'generate', 'think', 'convert'))
     or '--model_dir=runs/mine' not in command
   ):
     run_command(re.sub(r'runs/mine\b(?!-)', 'runs/quickstart', command), model_dirs)
