@@ -4,9 +4,14 @@
 
 A synthetic checkpoint of the shape of Llama 3.2 1B (random bfloat16) goes through `exitax convert
 from-hf`, each time in a process of its own. Beside it, in turns, safetensors reads every byte of it and
-writes them with `save_file` and fsync. Memory is the peak of anonymous resident memory of the
-process that converts, interpreter and libraries included, without the arrays that are wanted. Scores
-are compared with transformers on a small model of the same kind in float32.
+writes them with `save_file` and fsync. Scores are compared with transformers on a small model of the
+same kind in float32.
+
+Memory is anonymous resident memory (RssAnon; pages of the mapped files, which the system can drop, are
+not of it) of the process that converts, looked at every 2 ms. `before` is what interpreter, libraries
+and a started backend take before the conversion begins, `peak` the most while it runs, `above` the
+difference. memory_ratio is the whole peak, interpreter and libraries included, over the bytes of the
+largest tensor; the arrays that are wanted would be subtracted, but a conversion holds none.
 """
 
 from __future__ import annotations
@@ -98,6 +103,7 @@ def main() -> None:
       'GB/s': wanted / 1e9 / statistics.median(seconds[way]),
       'peak, MB': peaks[way] / 1e6,
       'before, MB': statistics.median(r['base_bytes'] for r in reports[way]) / 1e6,
+      'above, MB': statistics.median(r['peak_bytes'] - r['base_bytes'] for r in reports[way]) / 1e6,
     }
     for way in reports
   ]
@@ -105,7 +111,7 @@ def main() -> None:
     Goal(
       name='time_ratio', value=median_ratio(seconds['convert'], seconds['copy']), op='<=', goal=1.5
     ),
-    Goal(name='memory_ratio', value=(peaks['convert'] - wanted) / largest, op='<=', goal=1.2),
+    Goal(name='memory_ratio', value=peaks['convert'] / largest, op='<=', goal=1.2),
     Goal(name='max_logit_error', value=error, op='<=', goal=1e-4),
   ]
   finish('convert', rows, goals)
@@ -209,7 +215,7 @@ def _child(way: str, source: str, out: str) -> None:
 
 
 def _convert(source: str, out: str) -> None:
-  from_huggingface(open_source(source), out, mesh=_mesh(), rules=ShardingRules())
+  from_huggingface(open_source(source), out)
 
 
 def _copy(source: str, out: str) -> None:

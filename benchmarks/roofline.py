@@ -47,6 +47,7 @@ def step_bound(
   keys: float,
   bandwidth: float,
   matmul_rate: float,
+  lanes: int = 1,
 ) -> float:
   """Least seconds of a float32 step at full depth: weights, and keys that exist, are read once.
 
@@ -57,10 +58,11 @@ def step_bound(
     keys: mean keys of a row.
     bandwidth: bytes/s.
     matmul_rate: flop/s.
+    lanes: tokens of a row, which share its keys.
   """
   cfg = config
   weights = sum(leaf.size for leaf in jax.tree.leaves(params))
   cached = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * keys * batch
   num_bytes = 4 * (weights + cached)
   attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys * batch
-  return max(num_bytes / bandwidth, (2 * weights * batch + attention) / matmul_rate)
+  return max(num_bytes / bandwidth, (2 * weights * batch + attention) * lanes / matmul_rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from common import Effort, say
 from exitax.checkpoint import LoadedModel, load_model
 from exitax.commands import gin_config
 from exitax.commands.train import CONFIG_FILE
-from exitax.data import DataConfig, build_data
+from exitax.data import Data, DataConfig, build_data
 from exitax.evaluate import held_out_prompts
 from exitax.layers import Precision
 from exitax.models import ExitLM
@@ -40,7 +41,7 @@ def trained(name: str, effort: Effort) -> LoadedModel:
   directory = ROOT / 'runs' / name
   command = [f'--gin_file=gin/runs/{name}.gin']
   if effort is Effort.QUICK and not directory.exists():
-    directory, command = ROOT / 'runs' / f'{name}_short', [*command, *SHORT]
+    directory, command = ROOT / 'runs' / f'{name}_short', [*command, *SHORT, *_short_backbone(name)]
   say(f'{directory.relative_to(ROOT)}: training what is missing')
   command = [sys.executable, '-m', 'exitax', 'train', *command, f'--model_dir={directory}']
   # Resumes, and ends at once where nothing is missing.
@@ -51,6 +52,15 @@ def trained(name: str, effort: Effort) -> LoadedModel:
   return dataclasses.replace(loaded, model=ExitLM(config))
 
 
+def _short_backbone(name: str) -> list[str]:
+  """For a run on another model that is not there: its short stand-in, which comes before it."""
+  text = (ROOT / 'gin' / 'runs' / f'{name}.gin').read_text(encoding='utf-8')
+  found = re.search(r"^BACKBONE = 'runs/(\w+)'", text, re.MULTILINE)
+  if found is None or (ROOT / 'runs' / found[1]).exists():
+    return []
+  return [f"--gin.BACKBONE='runs/{found[1]}_short'"]
+
+
 def held_out_loss(loaded: LoadedModel) -> float:
   """Nats per token of the final layer on held-out text, as its training found at the end."""
   key = 'held_out/final/nll'
@@ -59,7 +69,11 @@ def held_out_loss(loaded: LoadedModel) -> float:
 
 def held_out(loaded: LoadedModel, *, count: int, num_tokens: int) -> list[list[int]]:
   """The beginnings of held-out documents of what a model was trained on."""
+  return held_out_prompts(data_of(loaded), count=count, num_tokens=num_tokens)
+
+
+def data_of(loaded: LoadedModel) -> Data:
+  """What a model was trained on."""
   text = (Path(loaded.directory) / CONFIG_FILE).read_text(encoding='utf-8')
   gin_config.parse([], [], text=text)
-  data = build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)
-  return held_out_prompts(data, count=count, num_tokens=num_tokens)
+  return build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)

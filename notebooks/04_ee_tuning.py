@@ -79,11 +79,11 @@ print(*sorted(path.name for path in Path(huggingface_folder).iterdir()), sep='\n
 # %% [markdown]
 # ## Into a model directory
 #
-# On the command line: `exitax convert from-hf FOLDER runs/backbone`. Weights go tensor by tensor from mapped memory to where they belong.
+# On the command line: `exitax convert from-hf FOLDER runs/backbone`. Weights go block by block from mapped memory into the checkpoint: no more than a few blocks are in memory.
 
 # %%
 source = open_source(huggingface_folder, max_length=256)
-from_huggingface(source, work / 'backbone', mesh=mesh, rules=rules)
+from_huggingface(source, work / 'backbone')
 backbone = load_model(work / 'backbone', mesh=mesh, rules=rules)
 print(
   f'{source.config.num_layers} layers of width {source.config.embed_dim}, no exits, {source.num_bytes / 1e6:.1f} MB'

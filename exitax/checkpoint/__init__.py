@@ -22,6 +22,7 @@ from exitax.checkpoint.certificate import (
 from exitax.checkpoint.classifiers import CLASSIFIER_FILE, load_classifiers, write_classifiers
 from exitax.checkpoint.config import BestMode, CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
+from exitax.checkpoint.lazy import Box, LazyArray
 from exitax.checkpoint.manager import CheckpointManager
 from exitax.checkpoint.model_dir import (
   LoadedModel,
@@ -38,9 +39,11 @@ __all__ = [
   'CERTIFIED',
   # Saving and restoring
   'BestMode',
+  'Box',
   'CheckpointConfig',
   'CheckpointInfo',
   'CheckpointManager',
+  'LazyArray',
   'LeafSpec',
   'Restored',
   # Files of a model directory

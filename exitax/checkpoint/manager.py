@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 
-from exitax.checkpoint import commit, manifest, processes, reading, retention, tree
+from exitax.checkpoint import commit, lazy, manifest, processes, reading, retention, tree
 from exitax.checkpoint.artifacts import write_bytes_atomic
 from exitax.checkpoint.config import CheckpointConfig
 from exitax.checkpoint.errors import CheckpointError
 from exitax.checkpoint.folders import StepFolders, WriterLock
 from exitax.checkpoint.reading import CheckpointInfo, Restored
-from exitax.checkpoint.store import Copies, save_arrays
+from exitax.checkpoint.store import save_arrays
+from exitax.checkpoint.streaming import stream_arrays
 
 _logger = logging.getLogger('exitax.checkpoint')
 _DEFAULT_CONFIG = CheckpointConfig()
@@ -91,16 +92,19 @@ class CheckpointManager:
     self.wait()
     self._start(step, tree.as_saveable(tree.named_leaves(state)), encoded_extras, metrics)
 
-  def save_in_place(
+  def save_streamed(
     self, step: int, state: Any, *, extras: Mapping[str, Any] | None = None
   ) -> None:
-    """Saves a state that does not change meanwhile, without a copy of it, and waits.
+    """Saves a state block by block, without a copy of it, and waits.
 
-    For states that fill the memory. Arguments and errors are those of `save`.
+    For states that fill the memory, or that are larger than it. Leaves are `LazyArray`s or arrays
+    that do not change meanwhile; other arguments and errors are those of `save`, and what a leaf's
+    `read` raises is one of the reasons that a save can fail for.
     """
     encoded_extras = json.dumps(dict(extras or {}), sort_keys=True).encode()
     self.wait()
-    self._start(step, tree.named_leaves(state), encoded_extras, None, Copies.LEAF)
+    leaves = {path: lazy.as_lazy(leaf) for path, leaf in tree.named_leaves(state).items()}
+    self._start(step, leaves, encoded_extras, None, stream_arrays)
     self.wait()
 
   def _start(
@@ -109,7 +113,7 @@ class CheckpointManager:
     saveable: Mapping[str, Any],
     encoded_extras: bytes,
     metrics: Mapping[str, float] | None,
-    copies: Copies = Copies.WHOLE,
+    write_fn: Callable[..., Callable[[], None] | None] = save_arrays,
   ) -> None:
     plan = commit.CommitPlan(
       folder=self._folders.path(step),
@@ -121,9 +125,7 @@ class CheckpointManager:
     lock = self._begin(step)
     try:
       self._write_extras(plan.folder, encoded=encoded_extras)
-      finish_arrays = save_arrays(
-        plan.folder / commit.ARRAYS_FOLDER, leaves=saveable, copies=copies
-      )
+      finish_arrays = write_fn(plan.folder / commit.ARRAYS_FOLDER, leaves=saveable)
     except BaseException as error:
       if lock:
         lock.abandon()
@@ -272,10 +274,11 @@ class CheckpointManager:
     processes.raise_together(failure)
 
   def _finish(
-    self, plan: commit.CommitPlan, lock: WriterLock | None, finish_arrays: Callable[[], None]
+    self, plan: commit.CommitPlan, lock: WriterLock | None, finish_arrays: Callable[[], None] | None
   ) -> None:
     try:
-      finish_arrays()
+      if finish_arrays:
+        finish_arrays()
       if lock:
         commit.write_manifest(plan)
     except BaseException as error:

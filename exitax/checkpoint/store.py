@@ -1,4 +1,4 @@
-"""Arrays on disk by way of Orbax: the only importer of Orbax in exitax.
+"""Arrays on disk by way of Orbax; `streaming` writes those that are made on the way.
 
 The state's top-level children are stored apart (`params.tree/`, `opt_state.tree/`), so that reading
 the parameters neither reads nor hashes the optimizer's state.
@@ -6,7 +6,6 @@ the parameters neither reads nor hashes the optimizer's state.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,7 @@ _SUFFIX = '.tree'
 _DATA_FILE_BYTES = 128 << 20
 
 
-class Copies(enum.Enum):
-  """What may be copied on the host while a state is written."""
-
-  WHOLE = 'whole'  # All of it: nothing waits for anything.
-  LEAF = 'leaf'  # As much as the largest leaf at a time: for states that fill the memory.
-
-
-def save_arrays(
-  folder: Path, *, leaves: Mapping[str, Any], copies: Copies = Copies.WHOLE
-) -> Callable[[], None]:
+def save_arrays(folder: Path, *, leaves: Mapping[str, Any]) -> Callable[[], None]:
   """Starts writing leaves (by path) below `folder`, which must not exist, and returns at once.
 
   Accelerator arrays have been copied to the host when this returns. All processes call it.
@@ -43,15 +33,10 @@ def save_arrays(
   """
   # Orbax refuses arrays without elements; their shape is all there is to know.
   solid = {path: leaf for path, leaf in leaves.items() if leaf.size}
-  trees = {name: nest(members) for name, members in _by_group(solid).items()}
+  trees = {name: nest(members) for name, members in by_group(solid).items()}
   if not trees:
     return lambda: None
-  context = _context()
-  if copies is Copies.LEAF:
-    # Orbax wants more than it is going to ask for.
-    context.memory.write_concurrent_bytes = 1 + max(leaf.nbytes for leaf in solid.values())
-    context.memory.deepcopy_host_arrays = False
-  with context:
+  with _context():
     response = ocp.save_checkpointables_async(str(folder), trees)
   return response.result
 
@@ -67,7 +52,7 @@ def load_arrays(folder: Path, *, abstract_leaves: Mapping[str, Any]) -> dict[str
   placed = {path: _with_sharding(leaf) for path, leaf in abstract_leaves.items()}
   leaves = {path: _empty(leaf) for path, leaf in placed.items() if not leaf.size}
   solid = {path: leaf for path, leaf in placed.items() if leaf.size}
-  wanted = {name: nest(members) for name, members in _by_group(solid).items()}
+  wanted = {name: nest(members) for name, members in by_group(solid).items()}
   if not wanted:
     return leaves
   with _context():
@@ -82,6 +67,15 @@ def is_needed_for(name: str, *, paths: Iterable[str]) -> bool:
   """Whether the file `name`, relative to the arrays' folder, is read to load leaves at `paths`."""
   folder, _, _ = name.partition(SEPARATOR)
   return not folder.endswith(_SUFFIX) or folder in {_group_of(path) for path in paths}
+
+
+def by_group(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Leaves by the name that Orbax stores them under together, and their paths below it."""
+  groups: dict[str, dict[str, Any]] = {}
+  for path, leaf in leaves.items():
+    head, separator, rest = path.partition(SEPARATOR)
+    groups.setdefault(_group_of(path), {})[rest if separator else head] = leaf
+  return groups
 
 
 def _context() -> ocp.Context:
@@ -99,14 +93,6 @@ def _context() -> ocp.Context:
 def _group_of(path: str) -> str:
   head, separator, _ = path.partition(SEPARATOR)
   return (head if separator else _LOOSE) + _SUFFIX
-
-
-def _by_group(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  groups: dict[str, dict[str, Any]] = {}
-  for path, leaf in leaves.items():
-    head, separator, rest = path.partition(SEPARATOR)
-    groups.setdefault(_group_of(path), {})[rest if separator else head] = leaf
-  return groups
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

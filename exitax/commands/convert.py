@@ -4,8 +4,9 @@ r"""Turns Hugging Face checkpoints into model directories, and model directories
   exitax convert to-hf runs/llama models/llama-with-exits
 
 from-hf reads Llama, Mistral, Qwen2 and Qwen3 (and what is published under these architectures) from
-safetensors; weights go tensor by tensor from the files into the checkpoint. The tokenizer, its chat
-template and the ids that end an answer come along, and exits if exitax_exits.safetensors is there.
+safetensors; weights go block by block from the files into the checkpoint, so that a model may be
+larger than the memory. The tokenizer, its chat template and the ids that end an answer come along,
+and exits if exitax_exits.safetensors is there.
 
 to-hf writes a folder that transformers loads; exits go into exitax_exits.safetensors, which it does
 not see.
@@ -94,9 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   for way in (inward, outward):
     way.add_argument('--dtype', choices=_DTYPES, help="of the weights kept (each one's own)")
     flag_groups.add_device_flags(way)
-    way.add_argument(
-      '--tensor', type=int, default=1, metavar='N', help='spread the weights over N devices'
-    )
+  outward.add_argument(
+    '--tensor', type=int, default=1, metavar='N', help='spread the weights over N devices'
+  )
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -116,9 +117,8 @@ def _from_huggingface(flags: argparse.Namespace) -> str:
   source = open_source(
     flags.path, tokenizer=flags.tokenizer, max_length=flags.max_length, precision=precision
   )
-  place = {'mesh': _mesh(flags.tensor), 'rules': ShardingRules(), 'dtype': _dtype(flags)}
   with _bar(f'reading {flags.path}', source.num_bytes) as report:
-    from_huggingface(source, flags.out, **place, report=report)
+    from_huggingface(source, flags.out, dtype=_dtype(flags), report=report)
   return f'{flags.out}: {_described(source.config)}, {format_bytes(source.num_bytes)} read'
 
 

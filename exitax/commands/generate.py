@@ -192,7 +192,7 @@ def run(flags: argparse.Namespace) -> int:
   # One device unless told otherwise: a single prompt does not spread over the data axis.
   flag_groups.parse_gin(flags, text='MeshConfig.data = 1', bind_model_dir=False)
   config = flag_groups.override(gin_config.build(GenerateConfig), flags)
-  prompts = _prompts(flags)
+  prompts = read_prompts(flags)
   mesh = gin_config.build(MeshConfig)
   model = load(
     flags.model_dir,
@@ -252,7 +252,8 @@ def _stream(model: LanguageModel, prompt: str, settings: dict[str, Any], console
   )
 
 
-def _prompts(flags: argparse.Namespace) -> list[str]:
+def read_prompts(flags: argparse.Namespace, *, command: str = 'generate') -> list[str]:
+  """What `--prompt` and `--prompt_file` give, at least one."""
   prompts = list(flags.prompt)
   if flags.prompt_file:
     try:
@@ -260,7 +261,7 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'--prompt_file={flags.prompt_file} cannot be read: {error}') from None
   if not prompts:
-    raise UserError("generate needs a prompt: --prompt='def main('")
+    raise UserError(f"{command} needs a prompt: --prompt='def main('")
   return prompts
 
 

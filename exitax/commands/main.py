@@ -21,6 +21,7 @@ COMMANDS = {
   'advise': 'does early exit pay for a model on its data here, and which kind',
   'calibrate': 'certify an exit threshold: how much text changes, with a guarantee',
   'generate': 'write text, with the exit depth of every token',
+  'think': 'several thinkers on one problem at once, each seeing what the others write',
   'tune-confidence': 'train a confidence classifier for every exit of a frozen model',
   'tune-exits': 'give a model exits without touching the model (EE-Tuning)',
   'serve': 'answer OpenAI clients over HTTP, with the exit depth of every token; a page at /',

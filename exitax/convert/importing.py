@@ -25,7 +25,7 @@ from exitax.convert.folder import (
   read_json_object,
 )
 from exitax.convert.new_folder import new_folder
-from exitax.convert.reading import ReportFn, check_tensors, quiet, read_params
+from exitax.convert.reading import ReportFn, check_tensors, lazy_params, quiet, read_params
 from exitax.convert.safetensors_file import TensorEntry
 from exitax.convert.saving import write_model_dir
 from exitax.convert.sidecar import with_exits
@@ -117,18 +117,17 @@ def from_huggingface(
   source: Source,
   out: str | os.PathLike[str],
   *,
-  mesh: Mesh,
-  rules: ShardingRules,
   dtype: Any = None,
   report: ReportFn = quiet,
 ) -> None:
   """Makes a model directory of a Hugging Face folder: checkpoint 0, which all commands take.
 
+  Weights go block by block from the files into the checkpoint, through the host's memory alone: a
+  few blocks are there at a time, however large the model is.
+
   Args:
     source: the folder.
     out: the model directory, which must not exist or be empty.
-    mesh: where parameters lie on the way.
-    rules: how they are sharded.
     dtype: of the parameters kept; None keeps bfloat16 and makes float32 of everything else.
     report: told the bytes that have been read since it was told last.
 
@@ -136,8 +135,8 @@ def from_huggingface(
     UserError: `out` is taken, or cannot be written.
   """
   with new_folder(out) as directory:
-    loaded = load_huggingface(source, mesh=mesh, rules=rules, dtype=dtype, report=report)
-    write_model_dir(loaded, directory)
+    params = lazy_params(source.config, source.tensors, dtype=dtype, report=report)
+    write_model_dir(directory, source.config, source.tokenizer, params=params)
     if sampling := _sampling(source.folder):
       write_sampling(directory, sampling)
     origin = directory / ORIGIN_FOLDER

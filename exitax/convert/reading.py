@@ -1,10 +1,11 @@
-"""Weights straight from mapped files into the shards of a mesh, tensor by tensor."""
+"""Weights straight from mapped files to where they belong: shards of a mesh, blocks of a checkpoint."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from exitax.checkpoint import Box, LazyArray
 from exitax.convert.safetensors_file import DTYPES, TensorEntry
 from exitax.convert.tensors import TensorPlace, tensor_places
 from exitax.errors import UserError
@@ -110,6 +112,33 @@ def read_params(
     return jax.tree.map_with_path(leaf, shapes, shardings)
 
 
+def lazy_params(
+  config: ModelConfig,
+  tensors: Mapping[str, TensorEntry],
+  *,
+  dtype: Any = None,
+  report: ReportFn = quiet,
+) -> Params:
+  """The parameters of a model as `LazyArray`s, which read the files when they are written.
+
+  Arguments are those of `read_params`.
+  """
+  places = tensor_places(config)
+
+  def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LazyArray:
+    group = places[path_name(path)]
+    kept = np.dtype(dtype or kept_dtype({tensors[place.name].dtype for place in group}))
+
+    def read(box: Box, out: np.ndarray) -> None:
+      for place, target, part in _jobs(group, box, out):
+        copy_tensor(target, place, tensors[place.name], part)
+      report(out.nbytes)
+
+    return LazyArray(shape=shape.shape, dtype=kept, read=read)
+
+  return jax.tree.map_with_path(leaf, ExitLM(config).abstract_params())
+
+
 def kept_dtype(names: set[str]) -> np.dtype:
   """Format that parameters are kept in: bfloat16 if all of theirs are, else float32, which holds both."""
   return np.dtype(jnp.bfloat16) if names == {'BF16'} else np.dtype(np.float32)
@@ -126,58 +155,67 @@ def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
       target[column : column + columns, row : row + rows] = block[:rows, :columns].T
 
 
-def copy_tensor(
-  target: np.ndarray, place: TensorPlace, entry: TensorEntry, part: tuple[slice, ...] = ()
-) -> None:
+def copy_tensor(target: np.ndarray, place: TensorPlace, entry: TensorEntry, part: Box = ()) -> None:
   """A tensor, or a part of it, into the leaf (or its row) that it is.
 
   Args:
     target: of the part's shape, contiguous.
     place: of the tensor.
     entry: where its bytes are.
-    part: slices of the leaf's axes; none takes it whole.
+    part: slices of the leaf's axes, or of its row's; none takes it whole.
   """
   tensor = entry.read()
-  if place.num_in and target.shape == place.leaf_shape:
-    copy_transposed(target.reshape(tensor.shape[::-1]), tensor)
+  if place.num_in and target.shape[1:] == place.leaf_shape[1:]:
+    # Rows of the leaf are columns of the tensor.
+    step = math.prod(place.leaf_shape[1 : place.num_in])
+    start = (part[0].start or 0) * step if part else 0
+    columns = tensor[:, start : start + target.shape[0] * step]
+    copy_transposed(target.reshape(columns.shape[::-1]), columns)
   else:
     target[...] = place.from_torch(tensor)[part]
+
+
+def _jobs(
+  group: Sequence[TensorPlace], box: Box, target: np.ndarray
+) -> Iterator[tuple[TensorPlace, np.ndarray, Box]]:
+  """The tensors that a box of a leaf is made of, where each goes, and which part of it."""
+  if group[0].layer is None:
+    yield group[0], target, box
+  else:
+    first = box[0].start or 0
+    for row, place in zip(target, group[first : first + len(target)], strict=True):
+      yield place, row, box[1:]
 
 
 def _read_shard(
   group: Sequence[TensorPlace],
   tensors: Mapping[str, TensorEntry],
   shape: tuple[int, ...],
-  index: tuple[slice, ...],
+  box: Box,
   dtype: np.dtype,
   pool: concurrent.futures.Executor,
   report: ReportFn,
 ) -> np.ndarray:
   """One device's part of a leaf."""
-  bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+  bounds = [part.indices(size) for part, size in zip(box, shape, strict=True)]
   shard = _aligned(tuple(stop - start for start, stop, _ in bounds), dtype)
-  if group[0].layer is None:
-    jobs = [(group[0], shard, index)]
-  else:
-    first, last, _ = bounds[0]
-    jobs = [(group[i], shard[i - first], index[1:]) for i in range(first, last)]
+  jobs = list(_jobs(group, box, shard))
 
-  def fill(job: tuple[TensorPlace, np.ndarray, tuple[slice, ...]]) -> None:
+  def fill(job: tuple[TensorPlace, np.ndarray, Box]) -> None:
     place, target, part = job
     copy_tensor(target, place, tensors[place.name], part)
     report(target.nbytes)
 
   # A whole leaf is cut into rows, so that all cores copy.
   if len(jobs) == 1 and shard.ndim > 1:
-    list(pool.map(lambda piece: fill(piece), _rows(jobs[0])))
-  else:
-    list(pool.map(fill, jobs))
+    jobs = _rows(jobs[0])
+  list(pool.map(fill, jobs))
   return shard
 
 
 def _rows(
-  job: tuple[TensorPlace, np.ndarray, tuple[slice, ...]], pieces: int = 16
-) -> list[tuple[TensorPlace, np.ndarray, tuple[slice, ...]]]:
+  job: tuple[TensorPlace, np.ndarray, Box], pieces: int = 16
+) -> list[tuple[TensorPlace, np.ndarray, Box]]:
   place, target, part = job
   start = part[0].start or 0
   step = max(1, -(-target.shape[0] // pieces))
@@ -201,7 +239,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _check_tied(tensors: Mapping[str, TensorEntry]) -> None:
   embed = tensors['model.embed_tokens.weight']
   head = tensors[_TIED_HEAD]
-  if embed.shape != head.shape or not np.array_equal(embed.read(), head.read()):
+  # A part at a time: what a comparison makes has half the size of its tensors.
+  parts = [slice(start, start + _ROWS) for start in range(0, embed.shape[0], _ROWS)]
+  if embed.shape != head.shape or not all(
+    np.array_equal(embed.read()[part], head.read()[part]) for part in parts
+  ):
     raise UserError(
       f'config.json ties the embeddings, and {_TIED_HEAD} is not the input embedding: '
       'set tie_word_embeddings to false in it'

@@ -12,6 +12,7 @@ from exitax.decode.cache import (
   truncate,
   write_layer,
 )
+from exitax.decode.commit import commit
 from exitax.decode.confidence import OF_SCORES, Confidence, classifier_logit, cosine
 from exitax.decode.depth import ExitPlan, Filling
 from exitax.decode.draft_choice import (
@@ -25,7 +26,17 @@ from exitax.decode.draft_choice import (
 # The primitive and the loop.
 from exitax.decode.extend import Extension, extend
 from exitax.decode.generate import begin, generate, make_requests, stream
-from exitax.decode.lanes import Causal, KeyColumns, Lanes, Visibility, consecutive_lanes
+from exitax.decode.groups import (
+  Group,
+  Sees,
+  Spare,
+  ThinkConfig,
+  Thinker,
+  begin_groups,
+  policy_for,
+)
+from exitax.decode.joining import GIVEN, NewText, give_tokens, start_text, stop_texts
+from exitax.decode.lanes import Causal, InGroups, KeyColumns, Lanes, Visibility, consecutive_lanes
 from exitax.decode.loop import prefill_chunk, run_steps, step
 from exitax.decode.pipeline import TICKS, PipelinePlan
 from exitax.decode.placement import LocalPlacement, LocalPlan
@@ -65,8 +76,29 @@ from exitax.decode.state import (
   init_state,
 )
 from exitax.decode.strategies import Strategy, StrategySettings
+from exitax.decode.texts import Grouping, Positions
+from exitax.decode.thinking import GroupRun, stream_thoughts, think
 
 __all__ = [
+  'GIVEN',
+  'NewText',
+  'give_tokens',
+  'start_text',
+  'stop_texts',
+  'GroupRun',
+  'Spare',
+  'Positions',
+  'Grouping',
+  'commit',
+  'InGroups',
+  'think',
+  'stream_thoughts',
+  'policy_for',
+  'begin_groups',
+  'ThinkConfig',
+  'Thinker',
+  'Sees',
+  'Group',
   'Acceptance',
   'Agreement',
   'CacheChunk',

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from exitax.decode.lanes import KeyColumns, Lanes
+from exitax.decode.lanes import PROMPT, KeyColumns, Lanes, Origin
 from exitax.layers import Int8, quantise
 from exitax.models import ModelConfig
 from exitax.parallel import constrain
@@ -85,6 +85,16 @@ def init_columns(rows: int, capacity: int) -> KeyColumns:
   return KeyColumns(
     position=jnp.zeros((rows, capacity), jnp.int32), valid=jnp.zeros((rows, capacity), bool)
   )
+
+
+def with_origins(cache: KVCache) -> KVCache:
+  """The empty cache of rows that several texts share: its columns know who fed them."""
+  shape = cache.columns.valid.shape
+  zeros, no = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+  origin = Origin(
+    owner=zeros + PROMPT, step=zeros - 1, rank=zeros, lag=zeros, by_rank=no, sees_all=no
+  )
+  return dataclasses.replace(cache, columns=dataclasses.replace(cache.columns, origin=origin))
 
 
 def write_layer(entry: LayerCache, key: jax.Array, value: jax.Array, lanes: Lanes) -> LayerCache:

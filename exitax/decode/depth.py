@@ -36,11 +36,18 @@ from exitax.decode.decide import (
   thresholds_at,
 )
 from exitax.decode.extend import copy_state, extend
-from exitax.decode.lanes import Visibility, consecutive_lanes, mark_columns
+from exitax.decode.lanes import (
+  Lanes,
+  Visibility,
+  consecutive_lanes,
+  lanes_of_columns,
+  mark_columns,
+)
 from exitax.decode.placement import LocalPlan
 from exitax.decode.plan import Gain, Record
 from exitax.decode.sampler import choose_tokens
 from exitax.decode.state import DecodeState
+from exitax.decode.texts import Feed, next_feed
 from exitax.models import ExitLM, Params
 
 
@@ -89,12 +96,13 @@ class ExitPlan(LocalPlan):
   def advance(
     self, model: ExitLM, params: Params, state: DecodeState, *, visibility: Visibility
   ) -> tuple[DecodeState, Gain]:
-    """Feeds each active row's newest token and chooses the next one."""
-    active = ~state.done
-    state, decision = pass_depths(model, params, state, plan=self, visibility=visibility)
+    """Feeds each active text's newest token and chooses the next one."""
+    feed = next_feed(state)
+    state, decision = pass_depths(model, params, state, feed, plan=self, visibility=visibility)
+    thinker = None if state.group is None else state.group.thinker
     gain = Gain(
-      tokens=choose_tokens(decision.logits, state.requests, state.step)[:, None],
-      count=active.astype(jnp.int32),
+      tokens=choose_tokens(decision.logits, state.requests, state.step, thinker)[:, None],
+      count=feed.gains.astype(jnp.int32),
       scores=decision.logits[:, None],
       exit_layer=decision.exit_layer[:, None],
       confidence=decision.confidence[:, None],
@@ -110,7 +118,7 @@ class _Passed:
   Attributes:
     cache: the cache, written.
     hidden: `[rows, lanes, embed]` after the segment.
-    newest: each row's newest lane before and after it.
+    newest: each text's newest token before and after it.
     count: i32 `[rows]`, lanes that ran.
   """
 
@@ -124,41 +132,43 @@ def pass_depths(
   model: ExitLM,
   params: Params,
   state: DecodeState,
+  feed: Feed,
   *,
   plan: ExitPlan,
   visibility: Visibility,
 ) -> tuple[DecodeState, Decision]:
-  """Takes each active row's newest token as deep as its confidence asks for.
+  """Takes each active text's newest token as deep as its confidence asks for.
 
   Args:
     model: the model.
     params: parameters after `ExitLM.unstack`.
     state: before the step.
+    feed: the tokens of the step.
     plan: exits and capacities.
     visibility: which keys a token sees.
 
   Returns:
     The state with cache, fill, pending and passes moved on, and the decisions.
   """
-  active = ~state.done
+  active = feed.rows
   if plan.filling is Filling.RECOMPUTED:
     # What was not filled to the last layer is run again from the first.
     state = dataclasses.replace(state, fill=jnp.broadcast_to(state.fill[:, -1:], state.fill.shape))
-  state = mark_newest(state, active)
-  decision = no_decision(model, active)
+  state = mark_newest(state, feed.lanes)
+  decision = no_decision(model, feed.active)
   last = len(plan.segments) - 1
   for index in range(last + 1):
     if index == 0:
       needs = active
     else:
-      needs = decision.undecided | (active & _must_fill(state, plan))
+      needs = feed.any_in_row(decision.undecided) | (active & _must_fill(state, feed, plan))
       if plan.filling is Filling.COPIED:
         needs = decision.undecided
         state = _copy_decided(
           model, params, state, decision, index, active & ~needs, plan=plan, visibility=visibility
         )
     passed = _run_segment(
-      model, params, state, index, needs, active=active, plan=plan, visibility=visibility
+      model, params, state, index, needs, feed=feed, plan=plan, visibility=visibility
     )
     state = _advance(state, index, passed)
     if index < last:
@@ -167,20 +177,22 @@ def pass_depths(
         model, params, decision, passed.newest, index, thresholds=thresholds, rule=plan
       )
     else:
-      compared = active if plan.record is Record.AGREEMENT else None
+      compared = feed.active if plan.record is Record.AGREEMENT else None
       decision = decide_at_end(model, params, decision, passed.newest, rule=plan, compared=compared)
+  if state.group is not None:
+    group = dataclasses.replace(state.group, fed=state.group.fed + feed.active)
+    state = dataclasses.replace(state, group=group)
   return state, decision
 
 
 # Segments.
 
 
-def mark_newest(state: DecodeState, active: jax.Array) -> DecodeState:
-  """Makes the newest token's column valid in the active rows (bool `[rows]`).
+def mark_newest(state: DecodeState, newest: Lanes) -> DecodeState:
+  """Makes the columns of a step's tokens valid.
 
   Whoever runs layers then hands on the cache entries that they write, and no columns.
   """
-  newest = consecutive_lanes(state.length - 1, active.astype(jnp.int32), num_lanes=1)
   columns = mark_columns(state.cache.columns, newest)
   return dataclasses.replace(state, cache=dataclasses.replace(state.cache, columns=columns))
 
@@ -192,7 +204,7 @@ def _run_segment(
   index: int,
   needs: jax.Array,
   *,
-  active: jax.Array,
+  feed: Feed,
   plan: ExitPlan,
   visibility: Visibility,
 ) -> _Passed:
@@ -200,7 +212,9 @@ def _run_segment(
 
   Other rows come along where their waiting tokens fit: the weights are read anyway.
   """
-  layers = plan.segments[index]
+  layers, active = plan.segments[index], feed.rows
+  if index == 0 and feed.packing is not None:
+    return _run_packed(model, params, state, feed, plan=plan, visibility=visibility)
   if index == 0:
     waiting = state.length - state.fill[:, 0]
     inputs = _embed_waiting(model, params, state, plan)
@@ -211,15 +225,14 @@ def _run_segment(
     active = needs  # Nothing waits but the newest token; the others' keys are copied.
 
   def run(num_lanes: int, count: jax.Array, entries: Any, head: Any) -> Any:
-    lanes = consecutive_lanes(state.fill[:, index], count, num_lanes=num_lanes)
+    lanes = lanes_of_columns(state.cache.columns, state.fill[:, index], count, num_lanes=num_lanes)
     cache = _with_entries(state.cache, layers, entries, head)
     after = extend(
       model, params, cache, inputs[:, :num_lanes], lanes, layers=layers, visibility=visibility
     )
     features = after.head_features.get(layers.stop, after.hidden)
-    last = jnp.maximum(count - 1, 0)[:, None, None]
     newest = jax.tree.map(
-      lambda array: jnp.take_along_axis(array, last, axis=1)[:, 0],
+      lambda array: feed.newest(array, count),
       AtExit(before=inputs[:, :num_lanes], stream=after.hidden, features=features),
     )
     return *_entries(after.cache, layers), after.hidden, newest
@@ -239,7 +252,7 @@ def _run_segment(
       entries, head, ran, newest = run(num_lanes, count, entries, head)
       return entries, head, jax.lax.dynamic_update_slice(hidden, ran, (0, 0, 0)), newest
 
-    nothing = jnp.zeros_like(inputs[:, 0])
+    nothing = jnp.zeros((*feed.tokens.shape, inputs.shape[-1]), inputs.dtype)
     newest = AtExit(before=nothing, stream=nothing, features=nothing)
     carry = (*_entries(state.cache, layers), jnp.zeros_like(inputs), newest)
     for i, num_lanes in enumerate(plan.lane_buckets):
@@ -254,6 +267,38 @@ def _run_segment(
     hidden=hidden,
     newest=newest,
     count=count,
+  )
+
+
+def _run_packed(
+  model: ExitLM,
+  params: Params,
+  state: DecodeState,
+  feed: Feed,
+  *,
+  plan: ExitPlan,
+  visibility: Visibility,
+) -> _Passed:
+  """The first segment over the tokens of all texts, flat."""
+  assert feed.packing is not None and plan.filling is Filling.DEFERRED
+  layers = plan.segments[0]
+  hidden = model.embed(params, feed.tokens[None])[0]
+  after = extend(
+    model,
+    params,
+    state.cache,
+    hidden,
+    feed.lanes,
+    layers=layers,
+    visibility=visibility,
+    packing=feed.packing,
+  )
+  features = after.head_features.get(layers.stop, after.hidden)
+  return _Passed(
+    cache=after.cache,
+    hidden=feed.packing.to_rows(after.hidden),
+    newest=AtExit(before=hidden, stream=after.hidden, features=features),
+    count=feed.count,
   )
 
 
@@ -293,11 +338,13 @@ def _copy_decided(
   )
 
 
-def _must_fill(state: DecodeState, plan: ExitPlan) -> jax.Array:
+def _must_fill(state: DecodeState, feed: Feed, plan: ExitPlan) -> jax.Array:
   """Rows whose deep layers may not lag behind any further, bool `[rows]`."""
   if plan.record is Record.AGREEMENT:
-    return jnp.ones_like(state.done)
-  return state.fill[:, 0] - state.fill[:, -1] >= plan.pending_capacity
+    return jnp.ones_like(feed.rows)
+  # The next step's tokens must find room.
+  room = plan.pending_capacity + 1 - feed.lanes.position.shape[1]
+  return state.fill[:, 0] - state.fill[:, -1] >= room
 
 
 def _advance(state: DecodeState, index: int, passed: _Passed) -> DecodeState:

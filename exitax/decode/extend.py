@@ -9,8 +9,9 @@ import jax
 from flax import struct
 
 from exitax.decode.cache import KVCache, LayerCache, write_layer
-from exitax.decode.lanes import Lanes, Visibility, mark_columns
-from exitax.layers import AttendFn, cached_attention
+from exitax.decode.lanes import Lanes, Turns, Visibility, mark_columns
+from exitax.decode.texts import Packing
+from exitax.layers import AttendFn, Rotary, cached_attention, turned_attention
 from exitax.models import ExitConfig, ExitLM, Params
 
 
@@ -19,10 +20,10 @@ class Extension:
   """What a span of layers makes of some lanes.
 
   Attributes:
-    hidden: `[rows, lanes, embed]`, the residual stream after the span.
+    hidden: the residual stream after the span, shaped like what went in.
     cache: the cache with the lanes written to the span's entries.
-    head_features: exit layer -> `[rows, lanes, embed]`, the features of the LAYER heads in the
-      span, which run for every token that passes.
+    head_features: exit layer -> features of the LAYER heads in the span, which run for every token
+      that passes; shaped likewise.
   """
 
   hidden: jax.Array
@@ -39,6 +40,7 @@ def extend(
   *,
   layers: range,
   visibility: Visibility,
+  packing: Packing | None = None,
 ) -> Extension:
   """Runs `layers` on new tokens against the cache, and caches them there.
 
@@ -50,25 +52,29 @@ def extend(
     model: the model.
     params: parameters after `ExitLM.unstack`.
     cache: keys and values of earlier tokens, filled up to these lanes for all `layers`.
-    hidden: `[rows, lanes, embed]`, the residual stream before the span.
+    hidden: the residual stream before the span: `[rows, lanes, embed]`, or, packed, `[texts, embed]`:
+      then only attention looks at lanes that hold nothing.
     lanes: where the tokens stand.
     layers: the span.
     visibility: which keys a lane sees, its own column included.
+    packing: which text stands in which lane, if `hidden` is flat.
   """
   columns = mark_columns(cache.columns, lanes)
   mask = visibility(lanes, columns)
-  rotary = model.rotary(lanes.position, below=model.config.max_length)
+  turns = _turns(model, visibility.turns(lanes, columns, mask))
+  position = lanes.position if packing is None else packing.to_texts(lanes.position)
+  rotary = model.rotary(position, below=model.config.max_length)
   filled, heads = list(cache.layers), dict(cache.heads)
   head_features: dict[int, jax.Array] = {}
 
   for layer in layers:
-    attend = cached_attend(filled[layer], lanes, mask)
+    attend = cached_attend(filled[layer], lanes, mask, packing, turns)
     hidden, (filled[layer],) = model.run_layers(
       params, hidden, layers=range(layer, layer + 1), rotary=rotary, attend=(attend,)
     )
     depth = layer + 1
     if depth in heads:
-      attend = cached_attend(heads[depth], lanes, mask)
+      attend = cached_attend(heads[depth], lanes, mask, packing, turns)
       head_features[depth], heads[depth] = model.exit_features(
         params, _exit_at(model, depth), hidden, rotary=rotary, attend=attend
       )
@@ -76,18 +82,32 @@ def extend(
   return Extension(hidden=hidden, cache=cache, head_features=head_features)
 
 
-def cached_attend(entry: LayerCache, lanes: Lanes, mask: jax.Array) -> AttendFn:
+def cached_attend(
+  entry: LayerCache,
+  lanes: Lanes,
+  mask: jax.Array,
+  packing: Packing | None = None,
+  turns: tuple[Rotary, jax.Array] | None = None,
+) -> AttendFn:
   """An `AttendFn` that caches the lanes in `entry`, attends over it and returns it.
 
   Args:
     entry: filled up to these lanes.
     lanes: where the tokens stand.
     mask: bool `[rows, lanes, capacity]`, the columns that each lane sees.
+    packing: which text stands in which lane, if queries, keys and values are flat.
+    turns: how queries are turned for each block, and each key's block, as in `turned_attention`.
   """
 
   def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+    if packing is not None:
+      query, key, value = map(packing.to_rows, (query, key, value))
     written = write_layer(entry, key, value, lanes)
-    return cached_attention(query, written.key, written.value, mask), written
+    if turns is None:
+      mixed = cached_attention(query, written.key, written.value, mask)
+    else:
+      mixed = turned_attention(query, written.key, written.value, mask, *turns)
+    return mixed if packing is None else packing.to_texts(mixed), written
 
   return attend
 
@@ -128,6 +148,12 @@ def copy_state(
       )
   columns = mark_columns(cache.columns, lanes)
   return dataclasses.replace(cache, layers=tuple(filled), heads=heads, columns=columns)
+
+
+def _turns(model: ExitLM, turns: Turns | None) -> tuple[Rotary, jax.Array] | None:
+  if turns is None:
+    return None
+  return model.rotary(turns.positions, below=model.config.max_length), turns.block
 
 
 def _exit_at(model: ExitLM, layer: int) -> ExitConfig:

@@ -13,6 +13,7 @@ from exitax.decode.extend import extend
 from exitax.decode.lanes import Visibility, consecutive_lanes
 from exitax.decode.plan import StepPlan
 from exitax.decode.state import DecodeState
+from exitax.decode.texts import prompts
 from exitax.models import ExitLM, Params
 
 
@@ -26,9 +27,10 @@ def prefill_chunk(
   all alike. Rows whose prompt ends earlier add fewer tokens, or none.
   """
   first = state.fill[:, 0]
-  count = jnp.clip(state.prompt_length - 1 - first, 0, chunk)
+  prompt, length = prompts(state)
+  count = jnp.clip(length - 1 - first, 0, chunk)
   lanes = consecutive_lanes(first, count, num_lanes=chunk)
-  tokens = jnp.take_along_axis(state.tokens, lanes.position, axis=1, mode='clip')
+  tokens = jnp.take_along_axis(prompt, lanes.position, axis=1, mode='clip')
   after = extend(
     model,
     params,

@@ -91,7 +91,8 @@ class PipelinePlan(ExitPlan):
     active = ~state.done
     sent = jnp.concatenate([state.length[:, None], state.fill[:, :-1]], axis=1)
     runs = active[:, None] & (sent > state.fill)
-    state = mark_newest(state, runs[:, 0])
+    newest = consecutive_lanes(state.length - 1, runs[:, 0].astype(jnp.int32), num_lanes=1)
+    state = mark_newest(state, newest)
     rows = _rows(state, runs, self)
     layers, heads, pending, word = self._tick(model, params, state, rows, visibility)
     final = word.exit_layer == self.num_layers

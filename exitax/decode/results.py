@@ -90,6 +90,8 @@ def completions_since(state: DecodeState, start: np.ndarray) -> tuple[Completion
   arrays = {name: np.array(array) for name, array in by_column.items()}
   prompt, step = np.array(state.prompt_length), np.array(state.step)
   reasons, passes = np.array(state.stop_reason), np.array(aux.passes)
+  if state.group is not None:
+    passes = passes[np.array(state.group.row)]
 
   def completion(row: int) -> Completion:
     span = slice(prompt[row] + start[row], prompt[row] + step[row])

@@ -47,20 +47,24 @@ class Sampler:
       raise UserError(f'min_p={self.min_p} is outside [0, 1]: 0 keeps all tokens')
 
 
-def choose_tokens(logits: jax.Array, requests: Requests, step: jax.Array) -> jax.Array:
+def choose_tokens(
+  logits: jax.Array, requests: Requests, step: jax.Array, thinker: jax.Array | None = None
+) -> jax.Array:
   """Next tokens, i32 `[rows]`.
 
   Args:
     logits: `[rows, vocab]`.
     requests: settings of each row.
     step: i32 `[rows]`, tokens that the request has generated so far.
+    thinker: i32 `[rows]`, which of a group writes; None is 0.
   """
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   samples = requests.temperature > 0.0
 
   def sample() -> jax.Array:
     filtered = filter_logits(logits, requests)
-    keys = jax.vmap(token_key)(jnp.asarray(requests.seed), step)
+    writer = jnp.zeros_like(step) if thinker is None else thinker
+    keys = jax.vmap(token_key)(jnp.asarray(requests.seed), step, writer)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     return jnp.where(samples, jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32), greedy)
 
@@ -82,7 +86,7 @@ def filter_logits(logits: jax.Array, requests: Requests) -> jax.Array:
   return jax.lax.cond(jnp.any(filters), filtered, lambda: scaled)
 
 
-def token_key(seed: jax.Array, step: jax.Array, thinker: int = 0) -> jax.Array:
+def token_key(seed: jax.Array, step: jax.Array, thinker: jax.Array | int = 0) -> jax.Array:
   """The key of one token: a function of the request and its step, never of array positions."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), thinker), step)
 

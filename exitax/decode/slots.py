@@ -15,7 +15,6 @@ from flax import struct
 
 from exitax.decode.cache import KVCache, LayerCache
 from exitax.decode.compiling import decode_jit
-from exitax.decode.lanes import KeyColumns
 from exitax.decode.state import DecodeState, Requests
 
 
@@ -133,7 +132,8 @@ def write_chunk(state: DecodeState, chunk: CacheChunk, first: jax.Array | int) -
   cache = state.cache
   column = jnp.arange(cache.columns.valid.shape[1])
   here = (column >= first) & (column < first + width)
-  columns = KeyColumns(
+  columns = dataclasses.replace(
+    cache.columns,
     position=jnp.where(here, column, cache.columns.position),
     valid=cache.columns.valid | here,
   )

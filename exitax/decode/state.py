@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from exitax.decode.cache import CacheFormat, KVCache, empty_in_format
+from exitax.decode.cache import CacheFormat, KVCache, empty_in_format, with_origins
 from exitax.decode.plan import Agreement, StepPlan
+from exitax.decode.texts import Grouping
 from exitax.models import ModelConfig
 
 # What `stop_tokens` is padded with: no token has this id.
@@ -25,6 +26,7 @@ class StopReason(enum.IntEnum):
   RUNNING = 0
   STOP_TOKEN = 1
   BUDGET = 2
+  STOPPED = 3  # By whoever runs it.
 
 
 @struct.dataclass
@@ -84,6 +86,9 @@ class DecodeState:
 
   A row has fed the tokens before `length - 1` to the model; the last one is fed by the next step.
 
+  In groups several texts share a row of the cache (see `texts`): `cache`, `fill`, `pending` and
+  `aux.passes` have an entry per row, everything else one per text, wherever "row" is said.
+
   Attributes:
     cache: keys and values.
     tokens: i32 `[rows, capacity]`, prompt and generated ones.
@@ -97,6 +102,7 @@ class DecodeState:
       tokens `fill[s] .. fill[s - 1] - 1`, from index 0; the rest is stale. (A pipeline has one array
       `[rows, stages, embed]`: each stage holds what it is to run next.)
     aux: arrays that belong to the policies.
+    group: which row each text is cached in; None where each has its own.
   """
 
   cache: KVCache
@@ -109,6 +115,7 @@ class DecodeState:
   fill: jax.Array
   pending: tuple[jax.Array, ...]
   aux: Any
+  group: Grouping | None = None
 
   @property
   def length(self) -> jax.Array:
@@ -116,7 +123,7 @@ class DecodeState:
     return self.prompt_length + self.step
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'plan', 'cache_format'))
+@functools.partial(jax.jit, static_argnames=('config', 'plan', 'cache_format', 'cache_shape'))
 def init_state(
   config: ModelConfig,
   plan: StepPlan,
@@ -125,6 +132,8 @@ def init_state(
   prompt_length: jax.Array,
   requests: Requests,
   cache_format: CacheFormat = CacheFormat.COMPUTE,
+  group: Grouping | None = None,
+  cache_shape: tuple[int, int] | None = None,
 ) -> DecodeState:
   """A state before prefill.
 
@@ -135,30 +144,36 @@ def init_state(
     prompt_length: i32 `[rows]`, at least 1; 0 marks a row without a request, which is done.
     requests: settings.
     cache_format: how keys and values are kept.
+    group: texts that share rows; `tokens` are then those of texts.
+    cache_shape: rows and columns of the cache; those of `tokens` by default.
   """
-  rows, capacity = tokens.shape
+  texts, capacity = tokens.shape
+  rows, columns = cache_shape or tokens.shape
   placement, segments = plan.placement, len(plan.segments)
-  cache = placement.init_cache(config, rows=rows, capacity=capacity, head_layers=plan.head_layers)
+  cache = placement.init_cache(config, rows=rows, capacity=columns, head_layers=plan.head_layers)
+  if group is not None:
+    cache = with_origins(cache)
   return DecodeState(
     cache=empty_in_format(cache, cache_format),
     tokens=jnp.asarray(tokens, jnp.int32),
     prompt_length=jnp.asarray(prompt_length, jnp.int32),
-    step=jnp.zeros((rows,), jnp.int32),
+    step=jnp.zeros((texts,), jnp.int32),
     done=jnp.asarray(prompt_length) < 1,
-    stop_reason=jnp.zeros((rows,), jnp.int32),
+    stop_reason=jnp.zeros((texts,), jnp.int32),
     requests=jax.tree.map(jnp.asarray, requests),
     fill=jnp.zeros((rows, segments), jnp.int32),
     pending=placement.init_pending(config, plan, rows=rows),
     aux=ExitRecord(
-      exit_layer=jnp.zeros((rows, capacity), jnp.int32),
-      confidence=jnp.zeros((rows, capacity), jnp.float32),
-      agreement=jnp.full((rows, capacity), Agreement.UNKNOWN, jnp.int32),
-      log_prob=jnp.zeros((rows, capacity), jnp.float32),
-      top_ids=jnp.zeros((rows, capacity, plan.num_top), jnp.int32),
-      top_log_probs=jnp.zeros((rows, capacity, plan.num_top), jnp.float32),
+      exit_layer=jnp.zeros((texts, capacity), jnp.int32),
+      confidence=jnp.zeros((texts, capacity), jnp.float32),
+      agreement=jnp.full((texts, capacity), Agreement.UNKNOWN, jnp.int32),
+      log_prob=jnp.zeros((texts, capacity), jnp.float32),
+      top_ids=jnp.zeros((texts, capacity, plan.num_top), jnp.int32),
+      top_log_probs=jnp.zeros((texts, capacity, plan.num_top), jnp.float32),
       passes=jnp.zeros((rows, segments), jnp.int32),
       extra=plan.init_extra(rows),
     ),
+    group=group,
   )
 
 

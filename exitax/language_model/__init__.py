@@ -8,8 +8,13 @@ from exitax.language_model.results import (
   TextScore,
   Threshold,
 )
+from exitax.language_model.thinking import ANSWER, ThinkSettings, ThinkTemplate, ThoughtEvent
 
 __all__ = [
+  'ANSWER',
+  'ThinkSettings',
+  'ThinkTemplate',
+  'ThoughtEvent',
   'ExitChoice',
   'LanguageModel',
   'TextCompletion',

@@ -41,6 +41,7 @@ from exitax.language_model.results import (
   TextScore,
   Threshold,
 )
+from exitax.language_model.thinking import ThinkSettings, ThoughtEvent, stream_thoughts
 from exitax.models import ModelConfig, Params
 from exitax.objectives import add_sums, exit_scores, make_score_fn
 from exitax.parallel import MeshConfig, ShardingRules, make_mesh, shard_batch, use
@@ -297,6 +298,50 @@ class LanguageModel:
             exit_layer=int(gain.exit_layers[i]),
             confidence=float(gain.confidences[i]),
           )
+
+  def think(
+    self,
+    problem: str,
+    settings: ThinkSettings = ThinkSettings(),
+    *,
+    threshold: Threshold = None,
+    confidence: str | Confidence | None = None,
+    sampler: Sampler | None = None,
+    stop: Sequence[int] = (),
+  ) -> Iterator[ThoughtEvent]:
+    """Lets several thinkers work on a problem at once, each seeing what the others write (Group Think).
+
+    Args:
+      problem: put into the template of `settings`.
+      settings: how many, how long, who sees whom.
+      threshold: exit where the confidence is above it; None runs all layers.
+      confidence: as in `generate`.
+      sampler: of all thinkers and the answer; None takes `default_sampler`.
+      stop: token ids that end a text beside the tokenizer's end id.
+
+    Raises:
+      UserError: settings that do not suit the model.
+    """
+    sampler = sampler or self.default_sampler
+    policy = self._policy(
+      'full' if threshold is None else 'deferred',
+      threshold,
+      confidence,
+      settings.max_new_tokens,
+      sampler,
+    )
+    with use(self._mesh, self._rules):
+      yield from stream_thoughts(
+        self._loaded.model,
+        self._prepared(policy),
+        self.tokenizer,
+        problem,
+        settings,
+        policy=policy,
+        sampler=sampler,
+        stop_tokens=(*self.tokenizer.stop_ids, *stop),
+        cache_format=self._kv_cache,
+      )
 
   def score(self, texts: str | Sequence[str]) -> list[TextScore]:
     """Loss, bits per byte and accuracy of every exit on each text.

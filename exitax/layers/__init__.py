@@ -15,7 +15,12 @@ from exitax.layers.embedding import VocabMatrix, embed_tokens, vocab_logits
 from exitax.layers.exit_head import ExitHead, HeadKind
 from exitax.layers.int8 import Int8, quantise, quantise_matrices, split_scale
 from exitax.layers.joined import join_linears
-from exitax.layers.kernels import MASKED_LOGIT, cached_attention, dot_product_attention
+from exitax.layers.kernels import (
+  MASKED_LOGIT,
+  cached_attention,
+  dot_product_attention,
+  turned_attention,
+)
 from exitax.layers.linear import Linear, contract, project
 from exitax.layers.lora import LORA_LEAVES, LoraConfig, merge_lora
 from exitax.layers.mlp import SwiGLU
@@ -24,6 +29,7 @@ from exitax.layers.rotary import (
   RopeConfig,
   RopeScaling,
   Rotary,
+  attention_temperature,
   inverse_frequencies,
   make_rotary,
   rotate,
@@ -47,9 +53,11 @@ __all__ = [
   'RopeConfig',
   'RopeScaling',
   'Rotary',
+  'attention_temperature',
   'SwiGLU',
   'VocabMatrix',
   'cached_attention',
+  'turned_attention',
   'causal_attention',
   'constrain_stream',
   'contract',

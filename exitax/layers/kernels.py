@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from exitax.layers.int8 import Int8, split_scale
+from exitax.layers.rotary import Rotary, rotate
 
 # Large and finite: a query that sees nothing (padding) gets uniform weights instead of NaN.
 MASKED_LOGIT = -1e30
@@ -80,4 +81,44 @@ def cached_attention(
     weights, values.astype(query.dtype), (((3,), (2,)), batch), preferred_element_type=wide
   )
   mixed = mixed.reshape(rows, num_kv_heads, group, lanes, head_dim).transpose(0, 3, 1, 2, 4)
+  return mixed.reshape(query.shape).astype(query.dtype)
+
+
+def turned_attention(
+  query: jax.Array,
+  key: jax.Array | Int8,
+  value: jax.Array | Int8,
+  mask: jax.Array,
+  turns: Rotary,
+  block: jax.Array,
+) -> jax.Array:
+  """`cached_attention` of queries that stand elsewhere for each block of keys.
+
+  Keys stay as they were turned when they were cached; the query is turned once per block (Hogwild! inference,
+  arXiv 2504.06261, section 3.4), which makes as many products with all keys as there are blocks.
+
+  Args:
+    query: `[rows, lanes, num_heads, head_dim]`, rotated.
+    key: `[rows, num_kv_heads, keys, head_dim]`.
+    value: like `key`.
+    mask: bool `[rows, lanes, keys]`.
+    turns: `[rows, lanes, blocks, head_dim / 2]`, by how much the query is turned on for a block.
+    block: i32 `[rows, keys]`, of each key.
+  """
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  keys, values = (
+    x.dequantise(query.dtype) if isinstance(x, Int8) else x.astype(query.dtype)
+    for x in (key, value)
+  )
+  rows, lanes, num_heads, head_dim = query.shape
+  num_kv_heads = keys.shape[1]
+  num_blocks = turns.cos.shape[2]
+  per_block = jnp.broadcast_to(query[:, :, None], (rows, lanes, num_blocks, num_heads, head_dim))
+  turned = rotate(per_block, turns) * jnp.asarray(head_dim**-0.5, query.dtype)
+  grouped = turned.reshape(rows, lanes, -1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+  logits = jnp.einsum('rlbkgd,rksd->rkglbs', grouped, keys, preferred_element_type=wide)
+  logits = jnp.take_along_axis(logits, block[:, None, None, None, None, :], axis=4)[:, :, :, :, 0]
+  logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  mixed = jnp.einsum('rkgls,rksd->rlkgd', weights, values, preferred_element_type=wide)
   return mixed.reshape(query.shape).astype(query.dtype)

@@ -80,7 +80,7 @@ def test_prompts_and_ends_are_those_of_the_checkpoint(make_folder: MakeFn, tmp_p
   folder = make_folder('llama')
   (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [2, 7, 95]}))
   (folder / 'chat_template.jinja').write_text('{{ bos_token }}{{ messages[0].content }}')
-  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(open_source(folder), tmp_path / 'model')
   model = front.load(tmp_path / 'model')
   assert model.tokenizer.stop_ids == (2, 7, 95)
   auto = transformers.AutoTokenizer.from_pretrained(folder)
@@ -108,7 +108,7 @@ def test_it_is_sampled_as_its_makers_want(
 ) -> None:
   folder = make_folder('llama')
   (folder / 'generation_config.json').write_text(json.dumps(content))
-  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(open_source(folder), tmp_path / 'model')
   model = front.load(tmp_path / 'model')
   assert model.default_sampler == sampler
   ask = {'max_new_tokens': 8, 'seed': 3}
@@ -119,7 +119,7 @@ def test_a_sampling_value_that_is_no_number_is_named(make_folder: MakeFn, tmp_pa
   folder = make_folder('llama')
   (folder / 'generation_config.json').write_text('{"do_sample": true, "top_k": "many"}')
   with pytest.raises(UserError, match=r"generation_config.json: top_k='many' is no number"):
-    from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+    from_huggingface(open_source(folder), tmp_path / 'model')
 
 
 def test_a_model_without_a_start_gets_none(make_folder: MakeFn) -> None:
@@ -133,7 +133,7 @@ def test_a_model_without_a_start_gets_none(make_folder: MakeFn) -> None:
 
 def test_text_goes_on_as_with_transformers(make_folder: MakeFn, tmp_path: Path) -> None:
   folder = make_folder('llama_3')
-  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(open_source(folder), tmp_path / 'model')
   found = front.load(tmp_path / 'model').generate('abc', max_new_tokens=20)[0]
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder)

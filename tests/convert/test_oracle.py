@@ -98,7 +98,7 @@ def test_greedy_texts_are_those_of_transformers(name: str, make_folder: MakeFn) 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_the_way_back_changes_nothing(name: str, make_folder: MakeFn, tmp_path: Path) -> None:
   folder, back = make_folder(name), tmp_path / 'back'
-  from_huggingface(open_source(folder), tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(open_source(folder), tmp_path / 'model')
   to_huggingface(load_model(tmp_path / 'model', mesh=one_device(), rules=RULES), back)
   before, after = theirs(folder).state_dict(), theirs(back).state_dict()
   assert before.keys() == after.keys()
@@ -128,7 +128,7 @@ def test_shards_and_bfloat16(make_folder: MakeFn, tmp_path: Path) -> None:
   folder = make_folder('llama', dtype=torch.bfloat16, shard='20KB')
   assert len(list(folder.glob('*.safetensors'))) > 2
   source = open_source(folder)
-  from_huggingface(source, tmp_path / 'model', mesh=one_device(), rules=RULES)
+  from_huggingface(source, tmp_path / 'model')
   loaded = load_model(tmp_path / 'model', mesh=one_device(), rules=RULES)
   assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
   to_huggingface(loaded, tmp_path / 'back', shard_bytes=20_000)

@@ -134,7 +134,7 @@ def test_commands(
 ) -> None:
   folder = make_folder('qwen3')
   base, adapter = tmp_path / 'base', tmp_path / 'adapter'
-  from_huggingface(open_source(folder), base, mesh=one_device(), rules=ShardingRules())
+  from_huggingface(open_source(folder), base)
   adapted_there(folder, r=4, lora_alpha=8, target_modules=ALL).save_pretrained(adapter)
   found = exitax('convert', 'from-peft', adapter, tmp_path / 'adapted', f'--base={base}')
   assert (found.status, 'adapters of rank 4' in found.out) == (0, True)
