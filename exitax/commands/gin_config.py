@@ -143,7 +143,7 @@ def register() -> None:
   for item in (*CONFIGURABLE_CLASSES, exits, model_of, tokenizer_of, exit_weights, feature_length):
     make_configurable(item)
   # Commands register what they alone read, so that every file is valid for every command.
-  for command in ('train', 'generate', 'serve', 'tune_confidence'):
+  for command in ('train', 'generate', 'think', 'serve', 'tune_confidence'):
     importlib.import_module(f'exitax.commands.{command}')
   # Files are files: gin would also look inside Python packages, and takes a folder of the same name
   # as `include 'runs/...'` in the current directory for one that it cannot read.
