@@ -66,7 +66,7 @@ class ExitChoice:
   """
 
   strategy: str | None
-  threshold: float | tuple[float, ...] | None
+  threshold: float | Sequence[float] | None
   confidence: str
 
 

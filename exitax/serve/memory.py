@@ -38,7 +38,7 @@ def check_slots(make_row: Callable[[], Any], *, num_slots: int, columns: int) ->
   )
 
 
-def free_memory(device: jax.Device) -> int | None:
+def free_memory(device: Any) -> int | None:
   """Bytes that a device can still give; None where nothing says so."""
   stats = device.memory_stats()
   if stats and 'bytes_limit' in stats:

@@ -85,6 +85,7 @@ WRONG_TYPES = {
   'GenerateConfig.top_k=2.5': 'write a whole number or None',
   'ServeConfig.port=1.5': 'write a whole number',
   'ServeConfig.host=3': 'write a text in quotes',
+  'ThinkSettings.thinkers=1.5': 'write a whole number',
   'ClassifierConfig.batches=1.5': 'write a whole number',
   "CalibrateConfig.thresholds='a'": 'write (a number, ...)',
   "AdviseConfig.thresholds='a'": 'write (a number, ...)',
