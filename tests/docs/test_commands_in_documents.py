@@ -189,6 +189,8 @@ def _documented() -> list[Any]:
   found: dict[str, str] = {}
   for path in (*DOCUMENTS, *GIN_FILES):
     for i, command in enumerate(exitax_commands(path.read_text(encoding='utf-8'))):
+      if '_medium.gin' in command:
+        continue  # Made small it is its twin of that name, which is run.
       same = re.sub(r'runs/mine\b(?!-)', 'runs/quickstart', command)
       trains = '--model_dir=runs/mine' in command and command.startswith(('train', 'tune-exits'))
       found.setdefault(command if trains else same, f'{path.name}-{i}')
