@@ -81,7 +81,8 @@ class PackedBatch(Protocol):
     segment_ids: i32 `[batch, length]`; 0 is padding.
     positions: i32 `[batch, length]`.
     weights: f32 `[batch, length]`; 0 leaves a target out.
-    origin: whose each token is, in rows that the texts of a group share; None elsewhere.
+
+  In rows that the texts of a group share there is also `origin`: whose each token is.
   """
 
   tokens: jax.Array
@@ -89,7 +90,6 @@ class PackedBatch(Protocol):
   segment_ids: jax.Array
   positions: jax.Array
   weights: jax.Array
-  origin: Any
 
 
 def exit_objective(
@@ -122,7 +122,7 @@ def exit_objective(
     batch.tokens,
     batch.segment_ids,
     batch.positions,
-    origin=batch.origin,
+    origin=getattr(batch, 'origin', None),
     dropout=dropout,
     depth=depth,
   )
