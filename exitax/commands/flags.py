@@ -123,6 +123,20 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+  """How tokens are chosen: the fields of `Sampler`, and a seed."""
+  sampling = parser.add_argument_group('sampling')
+  sampling.add_argument(
+    '--temperature', type=float, help='0 is greedy: the default, unless the model says otherwise'
+  )
+  sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
+  sampling.add_argument('--top_p', type=float, metavar='P', help='keep the best that reach P')
+  sampling.add_argument(
+    '--min_p', type=float, metavar='P', help='keep those above P times the best'
+  )
+  sampling.add_argument('--seed', type=int, metavar='N', help='0 by default')
+
+
 def exit_layers(text: str) -> tuple[int, ...]:
   """The value of `--exits`: layers with commas between them, or 'none'.
 

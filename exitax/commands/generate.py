@@ -169,16 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   exits.add_argument('--depths', action='store_true', help='list tokens with layer and confidence')
   parser.add_argument('--weights', metavar='FORMAT', help='compute (the default) or int8')
   parser.add_argument('--kv_cache', metavar='FORMAT', help='compute (the default) or int8')
-  sampling = parser.add_argument_group('sampling')
-  sampling.add_argument(
-    '--temperature', type=float, help='0 is greedy: the default, unless the model says otherwise'
-  )
-  sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
-  sampling.add_argument('--top_p', type=float, metavar='P', help='keep the best that reach P')
-  sampling.add_argument(
-    '--min_p', type=float, metavar='P', help='keep those above P times the best'
-  )
-  sampling.add_argument('--seed', type=int, metavar='N', help='0 by default')
+  flag_groups.add_sampling_flags(parser)
   parser.add_argument('--json', action='store_true', help='one JSON object per prompt')
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)

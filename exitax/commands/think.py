@@ -75,16 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='exit where the confidence is above it; full depth without',
   )
   exits.add_argument('--confidence', metavar='NAME', help='max_prob by default')
-  sampling = parser.add_argument_group('sampling')
-  sampling.add_argument(
-    '--temperature', type=float, help='0 is greedy: the default, unless the model says otherwise'
-  )
-  sampling.add_argument('--top_k', type=int, metavar='K', help='keep the K best tokens')
-  sampling.add_argument('--top_p', type=float, metavar='P', help='keep the best that reach P')
-  sampling.add_argument(
-    '--min_p', type=float, metavar='P', help='keep those above P times the best'
-  )
-  sampling.add_argument('--seed', type=int, metavar='N', help='0 by default')
+  flag_groups.add_sampling_flags(parser)
   parser.add_argument('--json', action='store_true', help='one JSON object per text')
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)

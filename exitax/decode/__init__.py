@@ -78,7 +78,7 @@ from exitax.decode.state import (
 )
 from exitax.decode.strategies import Strategy, StrategySettings
 from exitax.decode.texts import Grouping, Positions
-from exitax.decode.thinking import GroupRun, stream_thoughts, think
+from exitax.decode.thinking import GroupRun, think
 
 __all__ = [
   'GIVEN',
@@ -93,7 +93,6 @@ __all__ = [
   'commit',
   'InGroups',
   'think',
-  'stream_thoughts',
   'policy_for',
   'begin_groups',
   'ThinkConfig',

@@ -135,12 +135,10 @@ def begin(
   """
   config, plan = model.config, policy.plan(model.config)
   lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-  num_prefilled = int(lengths.max()) - 1
-  chunk = min(prefill_chunk_size, _next_power_of_two(num_prefilled))
-  num_chunks = -(-num_prefilled // chunk)
+  chunk, num_chunks = prefill_chunks(int(lengths.max()), prefill_chunk_size)
   # The last windows of lanes, padding included, must fit: prefill's, and those of the steps.
   longest = max(int(lengths.max()) + max_new_tokens + plan.overhang, num_chunks * chunk)
-  tokens = np.zeros((len(prompts), _round_up(longest, CAPACITY_STEP)), np.int32)
+  tokens = np.zeros((len(prompts), round_up(longest, CAPACITY_STEP)), np.int32)
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt)] = prompt
   state = init_state(
@@ -308,9 +306,13 @@ def _seeds(seed: int | Sequence[int], rows: int) -> Sequence[int]:
   return range(first, first + rows)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def prefill_chunks(longest: int, largest_chunk: int) -> tuple[int, int]:
+  """Tokens of a chunk, and how many chunks prompts of up to `longest` tokens take; the last is not prefilled."""
+  prefilled = longest - 1
+  chunk = min(largest_chunk, 1 << max(prefilled - 1, 0).bit_length())
+  return chunk, -(-prefilled // chunk)
+
+
+def round_up(number: int, multiple: int) -> int:
+  """The least multiple that is no less."""
   return -(-number // multiple) * multiple
-
-
-def _next_power_of_two(number: int) -> int:
-  return 1 << max(number - 1, 0).bit_length()

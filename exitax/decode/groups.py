@@ -21,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from exitax.decode.cache import CacheFormat
-from exitax.decode.generate import CAPACITY_STEP, PREFILL_CHUNK, make_requests
+from exitax.decode.generate import (
+  CAPACITY_STEP,
+  PREFILL_CHUNK,
+  make_requests,
+  prefill_chunks,
+  round_up,
+)
 from exitax.decode.lanes import Causal
 from exitax.decode.policies import DeferredExit, ExitPolicy, FullDepth
 from exitax.decode.sampler import Sampler
@@ -167,13 +173,12 @@ def begin_groups(
   plan = policy.plan(model.config)
   nobody = Thinker(max_new_tokens=1)
   thinkers = [thinker for group in groups for thinker in group.thinkers] + [nobody] * spare.texts
-  budgets = [_budget(thinker, config) for thinker in thinkers]
+  budgets = [budget_of(thinker, config) for thinker in thinkers]
   lengths = [len(group.prompt) for group in groups]
-  chunk = min(prefill_chunk, 1 << max(max(lengths) - 2, 0).bit_length())
-  num_chunks = -(-(max(lengths) - 1) // chunk)
+  chunk, num_chunks = prefill_chunks(max(lengths), prefill_chunk)
   grouping = _grouping(groups, config, spare)
   fed = [
-    len(group.prompt) + sum(len(x.header) + _budget(x, config) for x in group.thinkers)
+    len(group.prompt) + sum(len(x.header) + budget_of(x, config) for x in group.thinkers)
     for group in groups
   ]
   # Windows of lanes, padding included, must fit behind the last token.
@@ -182,7 +187,7 @@ def begin_groups(
   texts += [[]] * spare.texts
   width = max(len(text) + budget for text, budget in zip(texts, budgets, strict=True))
   width = max(width, max(lengths) + spare.tokens)
-  tokens = np.zeros((len(texts), max(_round_up(width), num_chunks * chunk)), np.int32)
+  tokens = np.zeros((len(texts), max(round_up(width, CAPACITY_STEP), num_chunks * chunk)), np.int32)
   for index, text in enumerate(texts):
     tokens[index, : len(text)] = text
   state = init_state(
@@ -200,7 +205,7 @@ def begin_groups(
     ),
     cache_format=cache_format,
     group=grouping,
-    cache_shape=(len(groups), _round_up(columns)),
+    cache_shape=(len(groups), round_up(columns, CAPACITY_STEP)),
   )
   return plan.placement.prefill(
     model,
@@ -301,7 +306,7 @@ def _check_positions(model: ModelConfig, group: Group, config: ThinkConfig, wher
       raise UserError(
         "positions=rotated turns queries twice, which changes YaRN's factor on scores: choose slots or shared"
       )
-    total = sum(len(item.header) + _budget(item, config) for item in group.thinkers)
+    total = sum(len(item.header) + budget_of(item, config) for item in group.thinkers)
     needed, what = len(group.prompt) + total, f'{total} tokens of all thinkers'
   if needed > model.max_length:
     raise UserError(
@@ -311,7 +316,7 @@ def _check_positions(model: ModelConfig, group: Group, config: ThinkConfig, wher
 
 
 def _longest(group: Group, config: ThinkConfig) -> int:
-  return max(len(item.header) + _budget(item, config) for item in group.thinkers)
+  return max(len(item.header) + budget_of(item, config) for item in group.thinkers)
 
 
 def numbers_of(group: Group) -> list[int]:
@@ -319,15 +324,23 @@ def numbers_of(group: Group) -> list[int]:
   return [_or(item.number, place) for place, item in enumerate(group.thinkers)]
 
 
-def last_position(group: Group, config: ThinkConfig, later: Thinker) -> int:
-  """One more than the highest position that a thinker which begins later can have."""
+def last_position(group: Group, config: ThinkConfig, thinker: Thinker, *, later: int = 0) -> int:
+  """One more than the highest position that a thinker which begins in mid-stream can have.
+
+  Args:
+    group: whose.
+    config: budgets and positions.
+    thinker: who begins.
+    later: tokens of those who began in mid-stream before.
+  """
   length = len(group.prompt)
-  own = len(later.header) + _budget(later, config)
+  own = len(thinker.header) + budget_of(thinker, config)
   if config.positions is Positions.SLOTS:
-    return length + _or(later.slot, 0) * slot_width_of(group, config) + own
+    return length + _or(thinker.slot, 0) * slot_width_of(group, config) + own
   if config.positions is Positions.SHARED:
-    return length + _longest(group, config) + own
-  return length + own + sum(len(x.header) + _budget(x, config) for x in group.thinkers)
+    return length + _longest(group, config) + later + own
+  total = sum(len(x.header) + budget_of(x, config) for x in group.thinkers)
+  return length + total + later + own
 
 
 def slot_width_of(group: Group, config: ThinkConfig) -> int:
@@ -335,13 +348,10 @@ def slot_width_of(group: Group, config: ThinkConfig) -> int:
   return config.slot_width or _longest(group, config)
 
 
-def _budget(thinker: Thinker, config: ThinkConfig) -> int:
+def budget_of(thinker: Thinker, config: ThinkConfig) -> int:
+  """Tokens that a thinker may choose at most."""
   return _or(thinker.max_new_tokens, config.max_new_tokens)
 
 
 def _or(value: int | None, default: int) -> int:
   return default if value is None else value
-
-
-def _round_up(number: int) -> int:
-  return -(-number // CAPACITY_STEP) * CAPACITY_STEP

@@ -1,9 +1,9 @@
-"""Running groups: to the end, as a stream, or step by step with texts that come and go."""
+"""Running groups: to the end, or step by step with texts that come and go."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from exitax.decode.groups import (
   ThinkConfig,
   Thinker,
   begin_groups,
+  budget_of,
   last_position,
   numbers_of,
   policy_for,
@@ -74,41 +75,6 @@ def think(
   return run.by_group(run.advance(_TO_THE_END))
 
 
-def stream_thoughts(
-  model: ExitLM,
-  params: Params,
-  groups: Sequence[Group],
-  config: ThinkConfig = ThinkConfig(),
-  *,
-  policy: ExitPolicy = FullDepth(),
-  stop_tokens: Sequence[int] = (),
-  prefill_chunk: int = PREFILL_CHUNK,
-  cache_format: CacheFormat = CacheFormat.COMPUTE,
-  steps_per_event: int = 1,
-) -> Iterator[list[tuple[Completion, ...]]]:
-  """Yields what each thinker of each group has gained, every few steps; arguments as `think`."""
-  if steps_per_event < 1:
-    raise UserError(f'steps_per_event={steps_per_event} must be at least 1')
-  run = GroupRun(
-    model,
-    params,
-    groups,
-    config,
-    policy=policy,
-    stop_tokens=stop_tokens,
-    prefill_chunk=prefill_chunk,
-    cache_format=cache_format,
-  )
-
-  def events() -> Iterator[list[tuple[Completion, ...]]]:
-    while not run.done:
-      gained = run.advance(steps_per_event)
-      if any(len(completion.tokens) for completion in gained):  # Not so while headers are fed.
-        yield run.by_group(gained)
-
-  return events()
-
-
 class GroupRun:
   """Groups that think, in the hands of somebody who may start, stop and address their texts.
 
@@ -150,6 +116,8 @@ class GroupRun:
       rotated = 1 + max(number for group in groups for number in numbers_of(group)) + spare.texts
     self._plan, self._visibility = plan, InGroups(model.config.sliding_window, rotated)
     self._seen = np.zeros(self.state.step.shape, np.int32)
+    # Tokens that each group's late texts, and what was given, have taken of the spare ones.
+    self._spent = [0] * len(groups)
 
   @property
   def done(self) -> bool:
@@ -195,16 +163,15 @@ class GroupRun:
     highest = self._visibility.rotated - 1
     if self._visibility.rotated and thinker.number > highest:
       raise UserError(f'number={thinker.number} is above {highest}, the last that has room')
-    budget = thinker.max_new_tokens or self._config.max_new_tokens
+    budget = budget_of(thinker, self._config)
     needed, width = len(thinker.header) + budget, slot_width_of(own, self._config)
-    if needed > self._spare.tokens:
-      raise UserError(f'{needed} tokens of a new text exceed the room for {self._spare.tokens}')
-    last = last_position(own, self._config, thinker)
+    last = last_position(own, self._config, thinker, later=self._spent[group])
     if last > config.max_length:
       raise UserError(
         f'{needed} tokens of a new text end at position {last}, beyond the context of '
         f'{config.max_length}'
       )
+    self._spend(group, needed)
     header = np.zeros((self._spare.tokens,), np.int32)
     header[: len(thinker.header)] = thinker.header
     requests = make_requests(
@@ -240,8 +207,29 @@ class GroupRun:
   def give(self, text: int, tokens: Sequence[int]) -> None:
     """Puts tokens into a running text, which goes on behind them; they are among its next gains.
 
-    Room for them is that of `spare` tokens.
+    Raises:
+      UserError: more than there is room for among the spare tokens, in its slot, or in the context.
     """
-    given = np.zeros((max(len(tokens), self._spare.tokens),), np.int32)
+    group = int(self.state.group.row[text])
+    own = self._groups[group]
+    length = int(self.state.requests.budget[text] + self.state.prompt_length[text])
+    length += len(tokens) - len(own.prompt)
+    if self._config.positions is Positions.SLOTS:
+      width = int(self.state.group.slot_width[text])
+      if length > width:
+        raise UserError(f'{len(tokens)} more tokens make {length} in a slot of {width}: widen it')
+    elif len(own.prompt) + length + self._spent[group] > self._model.config.max_length:
+      raise UserError(
+        f'{len(tokens)} more tokens exceed the context of {self._model.config.max_length}'
+      )
+    self._spend(group, len(tokens))
+    given = np.zeros((self._spare.tokens,), np.int32)
     given[: len(tokens)] = tokens
     self.state = give_tokens(self.state, text, jnp.asarray(given), len(tokens))
+
+  def _spend(self, group: int, count: int) -> None:
+    """Takes room for tokens that nobody knew of when the cache was made."""
+    left = self._spare.tokens - self._spent[group]
+    if count > left:
+      raise UserError(f'{count} tokens exceed the room for {left} that group {group} has left')
+    self._spent[group] += count

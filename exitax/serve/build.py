@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 from exitax.checkpoint import (
   CERTIFIED,
@@ -62,16 +63,7 @@ def build_service(
     num_top=config.max_logprobs,
     guarantee=_guarantee(loaded, config),
   )
-  classifiers = None
-  if strategies.confidence is Confidence.CLASSIFIER:
-    classifiers = load_classifiers(
-      loaded.directory, step=loaded.step, exits=model_config.depths[:-1]
-    )
-    if classifiers is None:
-      raise UserError(
-        'confidence=classifier needs classifiers, one per exit: train them with '
-        f'`exitax tune-confidence --model_dir={loaded.directory}`'
-      )
+  classifiers = _classifiers(loaded) if strategies.confidence is Confidence.CLASSIFIER else None
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
@@ -114,6 +106,17 @@ def build_service(
     metrics=metrics,
     sampling=sampling,
   )
+
+
+def _classifiers(loaded: LoadedModel) -> dict[str, Any]:
+  exits = loaded.model.config.depths[:-1]
+  found = load_classifiers(loaded.directory, step=loaded.step, exits=exits)
+  if found is None:
+    raise UserError(
+      'confidence=classifier needs classifiers, one per exit: train them with '
+      f'`exitax tune-confidence --model_dir={loaded.directory}`'
+    )
+  return found
 
 
 def _guarantee(loaded: LoadedModel, config: ServeConfig) -> Guarantee | None:

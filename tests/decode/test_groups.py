@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exitax import decode
-from exitax.decode import Group, Sampler, Sees, ThinkConfig, Thinker, stream_thoughts, think
+from exitax.decode import Group, GroupRun, Sampler, Sees, ThinkConfig, Thinker, think
 from exitax.errors import UserError
 from exitax.layers import Precision
 from tests.decode.group_oracle import (
@@ -352,13 +352,6 @@ def test_columns_are_the_prompt_and_what_was_fed(tiny):
     assert int(state.cache.columns.valid[row].sum()) == len(group.prompt) + tokens
 
 
-def test_union_coverage_never_falls():
-  """A union of prefixes grows with the prefix: what lets one rollout give the whole curve."""
-  texts = [[1, 2, 3], [2, 4], [5, 5, 5]]
-  sizes = [len({t for text in texts for t in text[:k]}) for k in range(4)]
-  assert sizes == sorted(sizes)
-
-
 # Exits.
 
 
@@ -397,14 +390,16 @@ def test_confident_tokens_leave_early_and_nothing_is_missing_for_others(exact, m
   assert len(layers) > 1
 
 
-# Streaming, and bad input.
+# In pieces, and bad input.
 
 
-def test_a_stream_adds_up(tiny):
+def test_a_run_in_pieces_adds_up(tiny):
   model, params = tiny()
   groups, config = [trio('full'), pair('strict')], ThinkConfig(max_new_tokens=9)
   whole = think(model, params, groups, config, stop_tokens=(7,))
-  events = list(stream_thoughts(model, params, groups, config, stop_tokens=(7,), steps_per_event=2))
+  run, events = GroupRun(model, params, groups, config, stop_tokens=(7,)), []
+  while not run.done:
+    events.append(run.by_group(run.advance(2)))
   assert len(events) > 3
   for g, found in enumerate(whole):
     for n, completion in enumerate(found):

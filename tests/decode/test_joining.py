@@ -104,7 +104,7 @@ def test_a_text_that_is_stopped_is_silent_and_stays_visible(exact):
     (0, {}, 'text 0 has not ended'),
     (2, {'header': ()}, 'needs a header, a number and a slot'),
     (2, {'number': None}, 'needs a header, a number and a slot'),
-    (2, {'max_new_tokens': 10}, '13 tokens of a new text exceed the room for 12'),
+    (2, {'max_new_tokens': 10}, '13 tokens exceed the room for 12 that group 0 has left'),
     (2, {'slot': 9}, '8 tokens of a new text end at position 137, beyond the context of 128'),
   ],
 )
@@ -112,3 +112,14 @@ def test_bad_new_texts_are_named(tiny, text, changes, words):
   run = GroupRun(*tiny(), [pair('full')], ThinkConfig(**CONFIG), spare=SPARE)
   with pytest.raises(UserError, match=words):
     run.start(text, 0, dataclasses.replace(LATER, **changes))
+
+
+def test_room_is_taken_once(tiny):
+  """Late texts, and words that are given, share what was kept free; what does not fit is refused."""
+  run = GroupRun(*tiny(), [pair('full')], ThinkConfig(**CONFIG), spare=SPARE)
+  run.give(0, [5, 6])
+  with pytest.raises(UserError, match='9 more tokens make 21 in a slot of 14'):
+    run.give(0, [5] * 9)
+  run.start(2, 0, LATER)
+  with pytest.raises(UserError, match='3 tokens exceed the room for 2 that group 0 has left'):
+    run.give(2, [5] * 3)

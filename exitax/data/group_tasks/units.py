@@ -7,6 +7,7 @@ group has achieved is counted from the union of its texts, exactly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -86,7 +87,7 @@ def units_in(problem: Problem, text: str) -> list[Writing]:
 
   Waiting is skipped; a unit that was given up, and characters that begin no unit, give nothing.
   """
-  units = {problem.key(unit): unit for unit in range(problem.num_units)}
+  units = _units_by_key(problem)
   found, at = [], 0
   while at + problem.unit_length <= len(text):
     piece = text[at : at + problem.unit_length]
@@ -102,7 +103,7 @@ def units_in(problem: Problem, text: str) -> list[Writing]:
 
 def claimed_in(problem: Problem, text: str) -> set[int]:
   """Units that a text has begun, or written, and not given up."""
-  units = {problem.key(unit): unit for unit in range(problem.num_units)}
+  units = _units_by_key(problem)
   claimed, at = set(), 0
   while at + problem.key_length <= len(text):
     piece = text[at : at + problem.unit_length]
@@ -113,6 +114,12 @@ def claimed_in(problem: Problem, text: str) -> set[int]:
     claimed.add(unit)
     at += problem.unit_length
   return claimed
+
+
+@functools.lru_cache(maxsize=8)
+def _units_by_key(problem: Problem) -> dict[str, int]:
+  """Texts are read at every step of a simulation: keys are made once per problem."""
+  return {problem.key(unit): unit for unit in range(problem.num_units)}
 
 
 def union_coverage(problem: Problem, texts: Sequence[str], length: int | None = None) -> float:
