@@ -1,6 +1,7 @@
 """The front door for notebooks: text in, text out, with the depth of every token."""
 
-from exitax.language_model.model import LanguageModel, load
+from exitax.language_model.loading import load
+from exitax.language_model.model import LanguageModel
 from exitax.language_model.results import (
   ExitChoice,
   TextCompletion,
