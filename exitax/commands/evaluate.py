@@ -12,15 +12,22 @@ asked for (lm-evaluation-harness; pip install 'exitax[harness]'):
   exitax evaluate --model_dir=runs/llama --tasks=hellaswag,arc_easy --limit=200
   exitax evaluate --model_dir=runs/llama --tasks=gsm8k --exits=final --thresholds=0.9,0.8
   exitax evaluate --model_dir=runs/llama --tasks=mine --task_path=tasks
+
+With --task it lets groups of thinkers work on a task with exact scores (Group Think), and compares what they cover
+with chain of thought and, with --baselines, with independent sampling, by tokens of each, tokens of all, and time:
+
+  exitax evaluate --model_dir=runs/group --task=enumeration --baselines
+  exitax evaluate --model_dir=runs/group_paths --task=floyd_warshall --thinkers=4 --prompts=100
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from exitax.checkpoint import CheckpointError, load_model, read_model
-from exitax.commands import benchmarks, gin_config
+from exitax.commands import benchmarks, gin_config, group_tasks
 from exitax.commands import flags as flag_groups
 from exitax.commands.train import CONFIG_FILE
 from exitax.data import DataConfig, build_data, progress_bar
@@ -44,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--step', type=int, help='which checkpoint (the latest by default)')
   parser.add_argument('--output', metavar='DIR', help='where results go (MODEL_DIR/evaluation)')
   benchmarks.add_arguments(parser)
+  group_tasks.add_arguments(parser)
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)
 
@@ -55,17 +63,20 @@ def run(flags: argparse.Namespace) -> int:
     raise UserError('evaluate needs a model: --model_dir=DIR, such as runs/quickstart')
   model_dir = Path(flags.model_dir)
   read_model(model_dir)  # Says what is wrong with a directory that holds no model.
+  output = flags.output or model_dir / EVALUATION_FOLDER
   if benchmarks.asked_for(flags):
-    return benchmarks.run(flags, output=flags.output or model_dir / EVALUATION_FOLDER)
+    return benchmarks.run(flags, output=output)
+  if group_tasks.asked_for(flags):
+    return group_tasks.run(flags, text=training_config(model_dir), output=output)
   flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
-  report, files = evaluate_directory(model_dir, step=flags.step, output=flags.output)
+  report, files = evaluate_directory(model_dir, step=flags.step, output=output)
   print(render_report(report))
   print(f'\nwritten: {files.picture}, {files.csv}, {files.json}')
   return 0
 
 
 def evaluate_directory(
-  model_dir: Path, *, step: int | None = None, output: str | None = None
+  model_dir: Path, *, step: int | None = None, output: str | os.PathLike[str] | None = None
 ) -> tuple[EvaluationReport, ReportFiles]:
   """Evaluates the model of a directory with what gin binds, and writes the results."""
   folder = flag_groups.make_folder(output or model_dir / EVALUATION_FOLDER, name='output')

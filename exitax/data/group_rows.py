@@ -66,6 +66,11 @@ def header_text(name: str) -> str:
   return f'|{name}'
 
 
+def char_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+  """A token per character, however the tokenizer would join them: thinkers see texts grow by characters."""
+  return [token for char in text for token in tokenizer.encode(char)]
+
+
 class GroupRows(Sequence[Batch]):
   """As many rows as you like: row i is a function of seed and i, and of nothing else."""
 
@@ -139,8 +144,7 @@ class GroupRows(Sequence[Batch]):
     return rng.permutation(self._mix.slots)[:size]
 
   def _ids(self, text: str) -> list[int]:
-    """A token per character, however the tokenizer would join them."""
-    return [token for char in text for token in self._tokenizer.encode(char)]
+    return char_ids(self._tokenizer, text)
 
   def _row(
     self,

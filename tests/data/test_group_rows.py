@@ -70,7 +70,7 @@ def test_teachers_see_what_the_row_says():
     if len(owners) == 3:
       # The prompt says which items there are.
       prompt = tokenizer.decode(row.tokens[row.origin.owner < 0])
-      problem = data.group_tasks.Enumeration(tuple(prompt[5:].rstrip('\n').split(' ')))
+      problem = data.group_tasks.Enumeration(tuple(prompt[5:].rstrip('\n')))
       texts = [tokenizer.decode(row.tokens[row.origin.owner == n])[2:] for n in owners]
       written = sum(len(units_in(problem, text)) for text in texts)
       seen.setdefault(int(row.origin.lag[0]), []).append(written)

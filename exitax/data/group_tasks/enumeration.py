@@ -34,8 +34,8 @@ class Enumeration:
 
   @property
   def prompt(self) -> str:
-    """The list."""
-    return f'list {" ".join(self.items)}\n'
+    """The list; single characters need nothing between them."""
+    return f'list {("" if self.unit_length == 1 else " ").join(self.items)}\n'
 
   @property
   def num_units(self) -> int:

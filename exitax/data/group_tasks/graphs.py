@@ -12,14 +12,15 @@ from exitax.errors import UserError
 
 DIGITS = string.digits + string.ascii_lowercase  # One character per distance or node.
 _NO_PATH = '.'
+_ROW = 3  # Where the row begins in the text of a unit: behind round, node and distance.
 
 
 @dataclasses.dataclass(frozen=True)
 class FloydWarshall:
   """Distances between all pairs of nodes, a row at a time.
 
-  Unit `k * n + i` is row i after round k: `k i d_0 ... d_{n-1}`; it builds on rows i and k of the round
-  before. Rows before the first round are the prompt's.
+  Unit `k * n + i` is row i after round k: `k i via d_0 ... d_{n-1}`, where `via` is the distance to node k
+  before it; it builds on rows i and k of the round before. The prompt has the rows before the first round.
 
   Attributes:
     weights: i32 `[n, n]` as nested tuples; -1 where there is no edge.
@@ -30,8 +31,9 @@ class FloydWarshall:
   @property
   def prompt(self) -> str:
     """The rows of the matrix."""
-    rows = ' '.join(_row_text(row) for row in self.weights)
-    return f'paths {rows}\n'
+    # As long as a unit, so that rows are found in one way whoever wrote them.
+    rows = (f'{self._key(-1, row)}:{_row_text(own)}' for row, own in enumerate(self.weights))
+    return f'paths {"".join(rows)}\n'
 
   @property
   def size(self) -> int:
@@ -50,12 +52,12 @@ class FloydWarshall:
 
   @property
   def unit_length(self) -> int:
-    """Key and row."""
-    return 2 + self.size
+    """Key, distance to the round's node, and row."""
+    return _ROW + self.size
 
   def key(self, unit: int) -> str:
     """Round and row; rounds are letters, so that no key is part of a row."""
-    return string.ascii_uppercase[unit // self.size] + DIGITS[unit % self.size]
+    return self._key(*divmod(unit, self.size))
 
   def ready(self, unit: int, written: Mapping[int, str]) -> bool:
     """Whether both rows are there."""
@@ -72,7 +74,7 @@ class FloydWarshall:
       _nearer(own[j], own[turn] + through[j] if own[turn] >= 0 and through[j] >= 0 else -1)
       for j in range(self.size)
     ]
-    return self.key(unit) + _row_text(ways)
+    return self.key(unit) + _row_text((own[turn], *ways))
 
   def coverage(self, writings: Sequence[tuple[int, str]]) -> float:
     """Share of the entries that are the shortest distances; a row's last writing counts."""
@@ -90,6 +92,10 @@ class FloydWarshall:
     for k in range(self.size):
       table = np.minimum(table, table[:, k : k + 1] + table[k])
     return np.where(table >= far, -1, table)
+
+  @staticmethod
+  def _key(turn: int, row: int) -> str:
+    return f'@{string.ascii_uppercase}'[turn + 1] + DIGITS[row]
 
   def _before(self, unit: int) -> tuple[int, ...]:
     turn, row = divmod(unit, self.size)
@@ -109,7 +115,7 @@ class FloydWarshallTask:
   """
 
   num_nodes: int = 4
-  edge_share: float = 0.6
+  edge_share: float = 0.5
   max_weight: int = 6
   name = 'floyd_warshall'
 
@@ -228,4 +234,4 @@ def _row_text(row: Sequence[int]) -> str:
 
 def _row_of(text: str) -> list[int]:
   """The distances in a unit's text; what is no digit is no path."""
-  return [DIGITS.find(char) for char in text[2:]]
+  return [DIGITS.find(char) for char in text[_ROW:]]
