@@ -49,20 +49,20 @@ model_dir = Path(tempfile.mkdtemp()) / 'model'
 # %% [markdown]
 # ## A model made to exit
 #
-# Exits after layers 1 and 3 of 6. Their losses weigh as much as half the final layer's, and later layers are dropped now and then in training (LayerSkip),
+# Exits after layers 1 and 2 of 4. Their losses weigh as much as half the final layer's, and later layers are dropped now and then in training (LayerSkip),
 # so that shallow exits are worth drafting with.
 
 # %%
 run = RunConfig(
   model=ModelConfig(
     vocab_size=512,
-    num_layers=6,
+    num_layers=4,
     embed_dim=64,
     num_heads=4,
     num_kv_heads=2,
     mlp_dim=176,
     max_length=256,
-    exits=tuple(ExitConfig(layer=layer) for layer in (1, 3)),
+    exits=tuple(ExitConfig(layer=layer) for layer in (1, 2)),
   ),
   data=DataConfig(
     mixture=Task('some_modules', PythonLibrarySource(max_files=60)),
@@ -147,7 +147,7 @@ def rounds(policy, forced=None):
 by_hand = decode.Speculative(forced=True)
 figure, axes = plt.subplots(figsize=(7, 3.5))
 lengths = (1, 3, 5, 7)
-for index, layer in enumerate((1, 3)):
+for index, layer in enumerate((1, 2)):
   found = [rounds(by_hand, forced=(index, d)) for d in lengths]
   agreement = found[0].accepted[:, index].sum() / found[0].drafted[:, index].sum()
   gained = [1 + x.accepted.sum() / x.rounds.sum() for x in found]

@@ -60,7 +60,7 @@ if huggingface_folder is None:
   run = RunConfig(
     model=ModelConfig(
       vocab_size=512,
-      num_layers=6,
+      num_layers=4,
       embed_dim=64,
       num_heads=4,
       num_kv_heads=2,

@@ -16,7 +16,7 @@ asked for (lm-evaluation-harness; pip install 'exitax[harness]'):
 With --task it lets groups of thinkers work on a task with exact scores (Group Think), and compares what they cover
 with chain of thought and, with --baselines, with independent sampling, by tokens of each, tokens of all, and time:
 
-  exitax evaluate --model_dir=runs/group --task=enumeration --baselines
+  exitax evaluate --model_dir=runs/group_think --task=enumeration --baselines
   exitax evaluate --model_dir=runs/group_paths --task=floyd_warshall --thinkers=4 --prompts=100
 """
 
@@ -64,10 +64,10 @@ def run(flags: argparse.Namespace) -> int:
   model_dir = Path(flags.model_dir)
   read_model(model_dir)  # Says what is wrong with a directory that holds no model.
   output = flags.output or model_dir / EVALUATION_FOLDER
-  if benchmarks.asked_for(flags):
-    return benchmarks.run(flags, output=output)
   if group_tasks.asked_for(flags):
     return group_tasks.run(flags, text=training_config(model_dir), output=output)
+  if benchmarks.asked_for(flags):
+    return benchmarks.run(flags, output=output)
   flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
   report, files = evaluate_directory(model_dir, step=flags.step, output=output)
   print(render_report(report))

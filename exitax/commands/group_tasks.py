@@ -72,7 +72,9 @@ def run(flags: argparse.Namespace, *, text: str, output: str | Path) -> int:
     text: what was in force when the model was trained, as gin.
     output: a folder.
   """
-  flag_groups.parse_gin(flags, text=text, bind_model_dir=False)
+  # For a model that was not trained in groups, whose configuration does not speak of them.
+  mix = 'GroupDataConfig.mix = @GroupMix()\n'
+  flag_groups.parse_gin(flags, text=mix + text, bind_model_dir=False)
   config = flag_groups.override(gin_config.build(GroupEvaluateConfig), flags)
   data = gin_config.build(GroupDataConfig)
   tasks = [_task(name.strip(), data) for name in flags.task.split(',')]
@@ -89,9 +91,9 @@ def run(flags: argparse.Namespace, *, text: str, output: str | Path) -> int:
 
 
 def _task(name: str, data: GroupDataConfig) -> Task:
-  """The task of the name that the model was trained on, with its settings; else the usual one."""
-  trained = (task for task in data.tasks if not isinstance(task, str) and task.name == name)
-  return next(trained, None) or find_group_task(name)
+  """The usual task of the name if the model was trained on it or on none of that name; else its own."""
+  own = {task.name: task for task in data.tasks if not isinstance(task, str)}
+  return find_group_task(name) if name in data.tasks else own.get(name) or find_group_task(name)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ class GroupData:
       tokenizer=self.tokenizer,
       length=self.config.length,
       # Tasks do not share rows either, nor do neighbouring seeds.
-      seed=int(key_of({'seed': self.config.seed, 'task': task.name, 'part': part})[:8], 16),
+      seed=int(key_of({'seed': self.config.seed, 'task': repr(task), 'part': part})[:8], 16),
       **count,
     )
 

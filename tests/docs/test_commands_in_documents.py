@@ -51,6 +51,14 @@ SMALL_EVALUATION = (
   '--gin.EvaluateConfig.speed_repeats=1',
 )
 
+SMALL_GROUPS = (
+  '--prompts=2',
+  '--tokens=4',
+  '--gin.GroupEvaluateConfig.seeds=1',
+  '--gin.GroupEvaluateConfig.lags=(1,)',
+  '--gin.GroupEvaluateConfig.speed_repeats=1',
+)
+
 SMALL_ADVICE = (
   '--new_tokens=4',
   '--gin.AdviseConfig.rows=8',
@@ -145,8 +153,9 @@ def _make_source(command: str, runs: Path) -> None:
 
 
 def _make_backbone(command: str, runs: Path) -> None:
-  """The model that a command trains on, which another command of the same file trains."""
-  for name in re.findall(r'(?:BACKBONE=\S*|--backbone=)runs/(\w+)', command):
+  """The model that a command trains on or evaluates, which another command of the same page trains."""
+  read = r'BACKBONE=\S*|--backbone=' + ('|--model_dir=' if command.startswith('evaluate') else '')
+  for name in re.findall(rf'(?:{read})runs/(\w+)', command):
     if not (runs / name).exists():
       run_command(f'train --gin_file=gin/runs/{name}.gin --model_dir=runs/{name}', runs)
 
@@ -160,7 +169,7 @@ def run_command(command: str, runs: Path) -> None:
   elif argv[0] == 'tune-exits':
     argv += SMALL_TUNING
   elif argv[0] == 'evaluate':
-    argv += SMALL_EVALUATION
+    argv += SMALL_GROUPS if '--task=' in command else SMALL_EVALUATION
   elif argv[0] == 'advise':
     argv += SMALL_ADVICE
   elif argv[0] == 'calibrate':
