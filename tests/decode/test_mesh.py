@@ -33,3 +33,32 @@ def test_decoding_on_a_mesh_equals_one_device(tiny, prompts, name, tensor):
   assert spread.tokens == alone.tokens
   for a, b in zip(alone.completions, spread.completions, strict=True):
     np.testing.assert_array_equal(a.exit_layers, b.exit_layers)
+
+
+@pytest.mark.parametrize(('name', 'tensor'), [('full', 2), ('deferred', 4)])
+def test_groups_on_a_mesh_equal_one_device(tiny, prompts, name, tensor):
+  """Rows of groups over data, heads over tensor; texts, of which rows have several, are everywhere."""
+  model, params = tiny(HeadKind.LAYER)
+  warm = decode.Sampler(temperature=1.0)
+  groups = [
+    decode.Group(
+      prompt=prompt,
+      thinkers=[
+        decode.Thinker(header=(7 + number,), sampler=warm, seed=place) for number in range(size)
+      ],
+    )
+    for place, (prompt, size) in enumerate(zip(prompts, (3, 1, 2, 4) * 2, strict=False))
+  ]
+  settings = {'config': decode.ThinkConfig(max_new_tokens=8), 'policy': POLICIES[name]}
+  alone = decode.think(model, params, groups, **settings)
+  mesh = parallel.make_mesh(parallel.MeshConfig(tensor=tensor))
+  rules = parallel.ShardingRules()
+  shardings = parallel.tree_shardings(
+    jax.eval_shape(lambda: params), model.logical_axes(), mesh, rules
+  )
+  with parallel.use(mesh, rules):
+    spread = decode.think(model, jax.device_put(params, shardings), groups, **settings)
+  for ours, theirs in zip(alone, spread, strict=True):
+    for a, b in zip(ours, theirs, strict=True):
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+      np.testing.assert_array_equal(a.exit_layers, b.exit_layers)
