@@ -51,7 +51,9 @@ def main() -> None:
   )
   lists = _measure(
     'group_think_long' if full else 'group_think',
-    EnumerationTask(num_items=64 if full else 32),
+    EnumerationTask(num_items=64, alphabet=80)
+    if full
+    else EnumerationTask(num_items=32, alphabet=40),
     GroupMix(slots=8, slot_width=80 if full else 48),
     sizes,
     effort,

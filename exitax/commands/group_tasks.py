@@ -91,9 +91,9 @@ def run(flags: argparse.Namespace, *, text: str, output: str | Path) -> int:
 
 
 def _task(name: str, data: GroupDataConfig) -> Task:
-  """The usual task of the name if the model was trained on it or on none of that name; else its own."""
-  own = {task.name: task for task in data.tasks if not isinstance(task, str)}
-  return find_group_task(name) if name in data.tasks else own.get(name) or find_group_task(name)
+  """The task of the name that the model was trained on (of several, the last), or else the usual one."""
+  own = {task.name: task for task in map(find_group_task, data.tasks)}
+  return own.get(name) or find_group_task(name)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -78,28 +78,38 @@ class EnumerationTask:
   Attributes:
     num_items: of a list.
     item_length: characters of an item; of longer ones thinkers see the beginnings.
+    alphabet: different characters that items are made of; None is all there are. A model learns characters one by
+      one: with fewer of them it learns to share sooner.
   """
 
   num_items: int = 32
   item_length: int = 1
+  alphabet: int | None = None
   name = 'enumeration'
 
   def __post_init__(self) -> None:
     if self.item_length < 1:
       raise UserError(f'item_length={self.item_length} must be at least 1')
-    most = len(SYMBOLS) if self.item_length == 1 else len(SYMBOLS) ** _KEY_LENGTH // 4
+    if self.alphabet is not None and not 1 <= self.alphabet <= len(SYMBOLS):
+      raise UserError(f'alphabet={self.alphabet} is outside 1 to {len(SYMBOLS)}')
+    characters = len(self._characters)
+    most = characters if self.item_length == 1 else characters**_KEY_LENGTH // 4
     if not 1 <= self.num_items <= most:
       raise UserError(
-        f'num_items={self.num_items} of item_length={self.item_length} is outside 1 to {most}: longer items '
-        'are more'
+        f'num_items={self.num_items} of item_length={self.item_length} is outside 1 to {most}: longer items, '
+        'and a larger alphabet, are more'
       )
 
   def problem(self, rng: np.random.Generator) -> Enumeration:
     """A list."""
     if self.item_length == 1:
-      return Enumeration(tuple(rng.permutation(list(SYMBOLS))[: self.num_items].tolist()))
+      return Enumeration(tuple(rng.permutation(self._characters)[: self.num_items].tolist()))
     items: dict[str, str] = {}
     while len(items) < self.num_items:
-      item = ''.join(rng.choice(list(SYMBOLS), self.item_length))
+      item = ''.join(rng.choice(self._characters, self.item_length))
       items.setdefault(item[:_KEY_LENGTH], item)
     return Enumeration(tuple(items.values()))
+
+  @property
+  def _characters(self) -> list[str]:
+    return list(SYMBOLS[: self.alphabet])
