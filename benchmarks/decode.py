@@ -212,8 +212,7 @@ def _row(ours: Ours, index: int, seconds: dict[str, list[float]]) -> dict[str, A
       * step_bound(
         CONFIG,
         ours.params,
-        batch=batch,
-        keys=PROMPT + (new_tokens - 1) / 2,
+        rows=[(PROMPT + (new_tokens - 1) / 2, 1)] * batch,
         bandwidth=bandwidth,
         matmul_rate=rate,
       )

@@ -77,8 +77,7 @@ class Subject:
         * step_bound(
           self.model.config,
           self.params,
-          batch=1,
-          keys=PROMPT + (self.size.new_tokens - 1) / 2,
+          rows=[(PROMPT + (self.size.new_tokens - 1) / 2, 1)],
           bandwidth=bandwidth,
           matmul_rate=rate,
         )

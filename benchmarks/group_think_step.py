@@ -6,7 +6,9 @@ A Llama shape of 27.8M parameters (8 layers, width 512, vocabulary 4096, tied), 
 1024 tokens. A group of N reads the weights and its cache once per step; the bound is max(bytes / bandwidth, flops /
 matmul rate), with both rates measured in this run between the other timings. N separate requests in one batch,
 each with a cache of its own, stand beside it, and a mixed batch: one group of 8 with 7 single requests
-is 15 tokens, and beside it stand 15 tokens of one group. Every way's tokens are checked to be as many as asked for.
+is 15 tokens, and beside it stand 15 tokens of one group. Those read
+eight prompts and these one: `bound_ms` says how far the two must be apart. Every way's tokens are checked to be as
+many as asked for.
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ class Case:
   def tokens(self) -> int:
     """Fed per step."""
     return sum(self.sizes)
+
+  def num_steps(self, new_tokens: int) -> int:
+    """Steps that writing `new_tokens` takes: groups feed the prompt's last token by a step of its own."""
+    return new_tokens if self.apart else new_tokens + 1
 
 
 class Thinking:
@@ -133,21 +139,11 @@ def _requests(model: ExitLM, params: Params, batch: int, new_tokens: int) -> Cal
 def _bounds(
   case: Case, params: Params, seconds: dict[str, list[float]], new_tokens: int
 ) -> list[float]:
-  """Least seconds of all steps, per round. A mixed batch's is not known here: it is NaN."""
-  if len(set(case.sizes)) > 1:
-    return [float('nan')] * len(seconds[case.name])
-  size = 1 if case.apart else case.sizes[0]
+  """Least seconds of all steps, per round."""
+  rows = [(PROMPT + size * new_tokens / 2, size) for size in case.sizes]
   return [
-    new_tokens
-    * step_bound(
-      CONFIG,
-      params,
-      batch=len(case.sizes),
-      lanes=size,
-      keys=PROMPT + size * new_tokens / 2,
-      bandwidth=bandwidth,
-      matmul_rate=rate,
-    )
+    case.num_steps(new_tokens)
+    * step_bound(CONFIG, params, rows=rows, bandwidth=bandwidth, matmul_rate=rate)
     for bandwidth, rate in measured_rates(seconds)
   ]
 
@@ -155,13 +151,14 @@ def _bounds(
 def _row(
   case: Case, seconds: dict[str, list[float]], bounds: list[float], new_tokens: int
 ) -> dict[str, Any]:
-  taken = seconds[case.name]
+  taken, steps = seconds[case.name], case.num_steps(new_tokens)
   return {
     'way': case.name,
     'tokens_per_step': case.tokens,
-    'ms_per_step': statistics.median(taken) / new_tokens * 1e3,
+    'ms_per_step': statistics.median(taken) / steps * 1e3,
+    'bound_ms': statistics.median(bounds) / steps * 1e3,
     'over_bound': median_ratio(taken, bounds),
-    'over_one': median_ratio(taken, seconds['group of 1']),
+    'over_one': median_ratio(taken, seconds['group of 1']) * (new_tokens + 1) / steps,
   }
 
 

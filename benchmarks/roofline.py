@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,26 +43,22 @@ def step_bound(
   config: ModelConfig,
   params: Params,
   *,
-  batch: int,
-  keys: float,
+  rows: Sequence[tuple[float, int]],
   bandwidth: float,
   matmul_rate: float,
-  lanes: int = 1,
 ) -> float:
   """Least seconds of a float32 step at full depth: weights, and keys that exist, are read once.
 
   Args:
     config: the model.
     params: what a step at full depth reads.
-    batch: rows.
-    keys: mean keys of a row.
+    rows: of each row, its keys (mean over the steps) and the tokens that read them.
     bandwidth: bytes/s.
     matmul_rate: flop/s.
-    lanes: tokens of a row, which share its keys.
   """
   cfg = config
   weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-  cached = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * keys * batch
-  num_bytes = 4 * (weights + cached)
-  attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * keys * batch
-  return max(num_bytes / bandwidth, (2 * weights * batch + attention) * lanes / matmul_rate)
+  cached = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * sum(keys for keys, _ in rows)
+  tokens, pairs = sum(lanes for _, lanes in rows), sum(keys * lanes for keys, lanes in rows)
+  attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * pairs
+  return max(4 * (weights + cached) / bandwidth, (2 * weights * tokens + attention) / matmul_rate)

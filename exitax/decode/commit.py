@@ -77,7 +77,8 @@ def _cut_at_stop(state: DecodeState, gain: Gain) -> tuple[jax.Array, jax.Array]:
   # A stop token beyond the budget is not reached.
   stops &= lane < jnp.minimum(gain.count, state.requests.budget - state.step)[:, None]
   stopped = jnp.any(stops, axis=1)
-  return jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, gain.count), stopped
+  first = jnp.argmax(stops, axis=1).astype(jnp.int32)
+  return jnp.where(stopped, first + 1, gain.count), stopped
 
 
 def _give_up_rejected(state: DecodeState) -> DecodeState:

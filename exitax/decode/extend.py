@@ -11,7 +11,13 @@ from flax import struct
 from exitax.decode.cache import KVCache, LayerCache, write_layer
 from exitax.decode.lanes import Lanes, Turns, Visibility, mark_columns
 from exitax.decode.texts import Packing
-from exitax.layers import AttendFn, Rotary, cached_attention, turned_attention
+from exitax.layers import (
+  AttendFn,
+  Rotary,
+  cached_attention,
+  ragged_attention,
+  turned_attention,
+)
 from exitax.models import ExitConfig, ExitLM, Params
 
 
@@ -103,10 +109,13 @@ def cached_attend(
     if packing is not None:
       query, key, value = map(packing.to_rows, (query, key, value))
     written = write_layer(entry, key, value, lanes)
-    if turns is None:
-      mixed = cached_attention(query, written.key, written.value, mask)
+    seen = (query, written.key, written.value, mask)
+    if turns is not None:
+      mixed = turned_attention(*seen, *turns)
+    elif packing is not None:
+      mixed = ragged_attention(*seen, packing.used)
     else:
-      mixed = turned_attention(query, written.key, written.value, mask, *turns)
+      mixed = cached_attention(*seen)
     return mixed if packing is None else packing.to_texts(mixed), written
 
   return attend

@@ -76,11 +76,13 @@ class Packing:
     row: i32 `[texts]`; that of texts without a lane is out of bounds.
     lane: i32 `[texts]`.
     text: i32 `[rows, lanes]`; anything in lanes without a text.
+    used: i32 `[rows]`, lanes with a text: the first ones.
   """
 
   row: jax.Array
   lane: jax.Array
   text: jax.Array
+  used: jax.Array
 
   def to_rows(self, values: jax.Array) -> jax.Array:
     """`[texts, ...]` to `[rows, lanes, ...]`; anything in lanes without a text."""
@@ -171,6 +173,7 @@ def _feed_of_groups(state: DecodeState, group: Grouping) -> Feed:
     row=row,
     lane=lane,
     text=jnp.zeros((num_rows, num_lanes), jnp.int32).at[row, lane].set(text, mode='drop'),
+    used=jnp.zeros((num_rows,), jnp.int32).at[row].add(1, mode='drop'),
   )
   # The prompt's last token is fed with the first step: by all texts of the row, cached once.
   age = group.fed - group.shared

@@ -19,6 +19,7 @@ from exitax.layers.kernels import (
   MASKED_LOGIT,
   cached_attention,
   dot_product_attention,
+  ragged_attention,
   turned_attention,
 )
 from exitax.layers.linear import Linear, contract, project
@@ -61,6 +62,7 @@ __all__ = [
   'SwiGLU',
   'VocabMatrix',
   'cached_attention',
+  'ragged_attention',
   'turned_attention',
   'causal_attention',
   'constrain_stream',

@@ -5,11 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from exitax.layers import platform
 from exitax.layers.int8 import Int8, split_scale
 from exitax.layers.rotary import Rotary, rotate
 
 # Large and finite: a query that sees nothing (padding) gets uniform weights instead of NaN.
 MASKED_LOGIT = -1e30
+
+# Queries of a key head that the CPU multiplies one by one (see `_scores_of_keys`).
+MAX_VECTOR_PRODUCTS = 8
 
 
 def dot_product_attention(
@@ -59,15 +63,11 @@ def cached_attention(
   rows, lanes, num_heads, head_dim = query.shape
   num_kv_heads, num_keys = key.shape[1:3]
   group = num_heads // num_kv_heads
-  wide = jnp.promote_types(query.dtype, jnp.float32)
   scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
   grouped = scaled.reshape(rows, lanes, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
   folded = grouped.reshape(rows, num_kv_heads, group * lanes, head_dim)
-  batch = ((0, 1), (0, 1))
   keys, key_scale = split_scale(key)
-  logits = jax.lax.dot_general(
-    folded, keys.astype(query.dtype), (((3,), (3,)), batch), preferred_element_type=wide
-  )
+  logits = _scores_of_keys(folded, keys.astype(query.dtype))
   logits = logits.reshape(rows, num_kv_heads, group, lanes, num_keys)
   if key_scale is not None:
     logits = logits * key_scale[:, :, None, None, :, 0]
@@ -77,11 +77,58 @@ def cached_attention(
   if value_scale is not None:
     weights = weights * value_scale[:, :, None, None, :, 0]
   weights = weights.astype(query.dtype).reshape(rows, num_kv_heads, group * lanes, num_keys)
-  mixed = jax.lax.dot_general(
-    weights, values.astype(query.dtype), (((3,), (2,)), batch), preferred_element_type=wide
-  )
+  mixed = _mix_values(weights, values.astype(query.dtype))
   mixed = mixed.reshape(rows, num_kv_heads, group, lanes, head_dim).transpose(0, 3, 1, 2, 4)
   return mixed.reshape(query.shape).astype(query.dtype)
+
+
+def ragged_attention(
+  query: jax.Array,
+  key: jax.Array | Int8,
+  value: jax.Array | Int8,
+  mask: jax.Array,
+  used: jax.Array,
+) -> jax.Array:
+  """`cached_attention` where rows use different numbers of lanes, such as groups beside single requests.
+
+  On the CPU the first lanes of all rows are one product over the cache as it lies, and rows with more
+  lanes follow one by one, each cut out of the cache: as long as these are few, padding
+  every row to the lanes of the largest costs more.
+
+  Args:
+    query: `[rows, lanes, num_heads, head_dim]`.
+    key: `[rows, num_kv_heads, keys, head_dim]`.
+    value: like `key`.
+    mask: bool `[rows, lanes, keys]`.
+    used: i32 `[rows]`, lanes of the row from the first on that anybody reads.
+
+  Returns:
+    `[rows, lanes, num_heads, head_dim]`; anything in lanes beyond `used`.
+  """
+  rows, lanes = mask.shape[:2]
+  if min(rows, lanes) == 1 or not platform.on_cpu() or platform.partitioned():
+    return cached_attention(query, key, value, mask)
+  wide = used > 1
+  num_wide = jnp.sum(wide)
+
+  def row_by_row() -> jax.Array:
+    first = cached_attention(query[:, :1], key, value, mask[:, :1])
+    wide_first = jnp.argsort(~wide)
+
+    def attend_row(index: jax.Array, mixed: jax.Array) -> jax.Array:
+      row = wide_first[index]
+      cut = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1),
+        (query[:, 1:], key, value, mask[:, 1:]),
+      )
+      return jax.lax.dynamic_update_slice_in_dim(mixed, cached_attention(*cut), row, 0)
+
+    others = jax.lax.fori_loop(0, num_wide, attend_row, jnp.zeros_like(query[:, 1:]))
+    return jnp.concatenate([first, others], axis=1)
+
+  return jax.lax.cond(
+    2 * num_wide > rows, lambda: cached_attention(query, key, value, mask), row_by_row
+  )
 
 
 def turned_attention(
@@ -122,3 +169,38 @@ def turned_attention(
   weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   mixed = jnp.einsum('rkgls,rksd->rlkgd', weights, values, preferred_element_type=wide)
   return mixed.reshape(query.shape).astype(query.dtype)
+
+
+def _scores_of_keys(queries: jax.Array, keys: jax.Array) -> jax.Array:
+  """Products of `[rows, heads, n, dim]` with `[rows, heads, keys, dim]`: `[rows, heads, n, keys]`.
+
+  XLA's matrix products on the CPU rearrange what they read first. One vector product for
+  each of a few queries reads the keys as they lie, out of the processor's cache but for the first: 0.64 ms
+  instead of 1.18 for the attention of 8 queries to 1216 keys of 8 heads. For more
+  queries, keys are better off on the left: 1.06 ms instead of 1.49 for 15.
+  """
+  if not platform.on_cpu():
+    return _batched(queries, keys, 3)
+  if queries.shape[2] > MAX_VECTOR_PRODUCTS:
+    return _batched(keys, queries, 3).swapaxes(2, 3)
+  return _one_by_one(queries, keys, 3)
+
+
+def _mix_values(weights: jax.Array, values: jax.Array) -> jax.Array:
+  """Products of `[rows, heads, n, keys]` with `[rows, heads, keys, dim]`: `[rows, heads, n, dim]`."""
+  if platform.on_cpu() and weights.shape[2] <= MAX_VECTOR_PRODUCTS:
+    return _one_by_one(weights, values, 2)
+  return _batched(weights, values, 2)
+
+
+def _one_by_one(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  """`_batched` of `a` `[rows, heads, n, m]`, one of the n at a time."""
+  products = [_batched(a[:, :, i : i + 1], b, axis) for i in range(a.shape[2])]
+  return jnp.concatenate(products, axis=2)
+
+
+def _batched(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  """Sum of products over the last axis of `a` and `axis` of `b`, per row and head; float32 or wider."""
+  wide = jnp.promote_types(a.dtype, jnp.float32)
+  batch = ((0, 1), (0, 1))
+  return jax.lax.dot_general(a, b, (((3,), (axis,)), batch), preferred_element_type=wide)
