@@ -12,6 +12,7 @@ Files and pictures as of `exitax evaluate --task` go to the models' evaluation/.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -44,11 +45,9 @@ def main() -> None:
   """Measures both tasks, and prints tables and one JSON object."""
   effort = effort_from_arguments(__doc__)
   full = effort is Effort.FULL
-  sizes = GroupEvaluateConfig(
-    thinkers=(2, 4, 8),
-    baselines=True,
-    **({'prompts': 8, 'seeds': 1, 'speed_repeats': 2} if effort is Effort.QUICK else {}),
-  )
+  sizes = GroupEvaluateConfig(thinkers=(2, 4, 8), baselines=True)
+  if effort is Effort.QUICK:
+    sizes = dataclasses.replace(sizes, prompts=8, seeds=1, speed_repeats=2)
   lists = _measure(
     'group_think_long' if full else 'group_think',
     EnumerationTask(num_items=64, alphabet=80)
@@ -62,9 +61,7 @@ def main() -> None:
     'group_paths',
     FloydWarshallTask(),
     GroupMix(thinkers=(1, 2, 4), slots=4, slot_width=120),
-    GroupEvaluateConfig(
-      **{**_fields(sizes), 'thinkers': (2, FW_THINKERS), 'lags': (4, 16), 'tokens': 112}
-    ),
+    dataclasses.replace(sizes, thinkers=(2, FW_THINKERS), lags=(4, 16), tokens=112),
     effort,
   )
   goals = [
@@ -78,10 +75,6 @@ def main() -> None:
   ]
   rows = [_row(report, curve) for report in (lists, paths) for curve in report.curves]
   finish('group_think_quality', rows, goals)
-
-
-def _fields(config: GroupEvaluateConfig) -> dict[str, Any]:
-  return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def _measure(

@@ -91,6 +91,6 @@ def tokens_to(curve: np.ndarray, coverage: float) -> int | None:
   return int(reached[0]) if len(reached) else None
 
 
-def at_equal_tokens(curve: np.ndarray, tokens: np.ndarray, total: float) -> float:
+def at_equal_tokens(curve: Sequence[float], tokens: Sequence[float], total: float) -> float:
   """Coverage when all thinkers together have written `total` tokens, between two steps by proportion."""
   return float(np.interp(total, tokens, curve))
