@@ -3,9 +3,9 @@
   python benchmarks/group_think_quality.py [--quick | --full]
 
 Models of gin/runs/group_think.gin (lists of 32 items; --full: group_think_long.gin, 64) and gin/runs/group_paths.gin
-(all shortest paths of 4 nodes) are taken from runs/, or trained there first: half an hour each on two cores. Three seeds of 200
+(all shortest paths of 4 nodes) are taken from runs/, or trained there first, with the tasks and slots of these files. Three seeds of 200
 problems, temperature 1, all ways on the same problems with the same names and slots. Independent texts are beside their theory,
-1 - (1 - K/L)^N, which no independent sampler can exceed: a baseline far below it would be unfair. Group Think is beside the policy that
+1 - (1 - K/L)^N, which no thinkers exceed that choose in the same way: a baseline far below it would be unfair. Group Think is beside the policy that
 chooses at random among all items that nobody is seen to have written, simulated; it still collides within a step.
 Files and pictures as of `exitax evaluate --task` go to the models' evaluation/.
 """
@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 from common import Effort, Goal, effort_from_arguments, finish, say
-from trained import trained
+from trained import parse_training, trained
 
-from exitax.data import GroupMix
-from exitax.data.group_tasks import EnumerationTask, FloydWarshallTask, Task
+from exitax.commands import gin_config
+from exitax.commands.group_tasks import trained_task
+from exitax.data import GroupDataConfig
 from exitax.evaluate.groups import (
   CHAIN,
   GROUP,
@@ -44,26 +45,13 @@ FW_THINKERS = 4
 def main() -> None:
   """Measures both tasks, and prints tables and one JSON object."""
   effort = effort_from_arguments(__doc__)
-  full = effort is Effort.FULL
+  lists_run = 'group_think_long' if effort is Effort.FULL else 'group_think'
   sizes = GroupEvaluateConfig(thinkers=(2, 4, 8), baselines=True)
   if effort is Effort.QUICK:
     sizes = dataclasses.replace(sizes, prompts=8, seeds=1, speed_repeats=2)
-  lists = _measure(
-    'group_think_long' if full else 'group_think',
-    EnumerationTask(num_items=64, alphabet=80)
-    if full
-    else EnumerationTask(num_items=32, alphabet=40),
-    GroupMix(slots=8, slot_width=80 if full else 48),
-    sizes,
-    effort,
-  )
-  paths = _measure(
-    'group_paths',
-    FloydWarshallTask(),
-    GroupMix(thinkers=(1, 2, 4), slots=4, slot_width=120),
-    dataclasses.replace(sizes, thinkers=(2, FW_THINKERS), lags=(4, 16), tokens=112),
-    effort,
-  )
+  lists = _measure(lists_run, 'enumeration', sizes, effort)
+  sizes = dataclasses.replace(sizes, thinkers=(2, FW_THINKERS), lags=(4, 16), tokens=112)
+  paths = _measure('group_paths', 'floyd_warshall', sizes, effort)
   goals = [
     Goal(name='independent_theory_error', value=_theory_error(lists), op='<=', goal=0.02),
     *(
@@ -77,14 +65,15 @@ def main() -> None:
   finish('group_think_quality', rows, goals)
 
 
-def _measure(
-  name: str, task: Task, mix: GroupMix, config: GroupEvaluateConfig, effort: Effort
-) -> GroupReport:
-  loaded = trained(name, effort)
-  say(f'{task.name}: {config.prompts * config.seeds} problems')
+def _measure(run: str, task: str, config: GroupEvaluateConfig, effort: Effort) -> GroupReport:
+  """All ways on a task of a run's training, with its slots."""
+  loaded = trained(run, effort)
+  parse_training(loaded)
+  data = gin_config.build(GroupDataConfig)
+  say(f'{task}: {config.prompts * config.seeds} problems')
   mesh, rules = make_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingRules()
   with use(mesh, rules):
-    report = evaluate_groups(loaded, task, mix, config, mesh=mesh)
+    report = evaluate_groups(loaded, trained_task(task, data), data.mix, config, mesh=mesh)
   folder = loaded.directory / 'evaluation'
   folder.mkdir(exist_ok=True)
   write_group_report(report, folder)

@@ -72,8 +72,13 @@ def held_out(loaded: LoadedModel, *, count: int, num_tokens: int) -> list[list[i
   return held_out_prompts(data_of(loaded), count=count, num_tokens=num_tokens)
 
 
-def data_of(loaded: LoadedModel) -> Data:
-  """What a model was trained on."""
+def parse_training(loaded: LoadedModel) -> None:
+  """Binds in gin what was in force when a model was trained."""
   text = (Path(loaded.directory) / CONFIG_FILE).read_text(encoding='utf-8')
   gin_config.parse([], [], text=text)
+
+
+def data_of(loaded: LoadedModel) -> Data:
+  """What a model was trained on."""
+  parse_training(loaded)
   return build_data(gin_config.build(DataConfig), tokenizer=loaded.tokenizer)

@@ -81,12 +81,7 @@ def asked_for(flags: argparse.Namespace) -> bool:
   Raises:
     UserError: it has their flags, and no tasks.
   """
-  if flags.tasks is not None:
-    return True
-  for name in _OWN_FLAGS:
-    if getattr(flags, name) is not None:
-      raise UserError(f'--{name} is for benchmarks: add --tasks=NAME, or leave it out')
-  return False
+  return flag_groups.asks_for(flags, 'tasks', _OWN_FLAGS, part='benchmarks')
 
 
 def run(flags: argparse.Namespace, *, output: str | Path) -> int:

@@ -64,9 +64,12 @@ def run(flags: argparse.Namespace) -> int:
   model_dir = Path(flags.model_dir)
   read_model(model_dir)  # Says what is wrong with a directory that holds no model.
   output = flags.output or model_dir / EVALUATION_FOLDER
-  if group_tasks.asked_for(flags):
+  groups, tasks = group_tasks.asked_for(flags), benchmarks.asked_for(flags)
+  if groups and tasks:
+    raise UserError('--task is for groups of thinkers, --tasks for benchmarks: give one of them')
+  if groups:
     return group_tasks.run(flags, text=training_config(model_dir), output=output)
-  if benchmarks.asked_for(flags):
+  if tasks:
     return benchmarks.run(flags, output=output)
   flag_groups.parse_gin(flags, text=training_config(model_dir), bind_model_dir=False)
   report, files = evaluate_directory(model_dir, step=flags.step, output=output)

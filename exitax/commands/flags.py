@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -166,6 +166,26 @@ def thresholds(text: str) -> float | tuple[float, ...] | str:
       f"--threshold={text} is not a number, numbers with commas, or '{CERTIFIED}'"
     ) from None
   return values[0] if len(values) == 1 else values
+
+
+def asks_for(flags: argparse.Namespace, flag: str, own: Sequence[str], *, part: str) -> bool:
+  """Whether the command line has `--flag`, which begins a part of a command.
+
+  Args:
+    flags: the command line.
+    flag: the flag's name.
+    own: flags that mean something beside it alone; None where they were not given.
+    part: what the part is for.
+
+  Raises:
+    UserError: it has one of `own` without it.
+  """
+  if getattr(flags, flag) is not None:
+    return True
+  for name in own:
+    if getattr(flags, name) is not None:
+      raise UserError(f'--{name} is for {part}: add --{flag}=NAME, or leave it out')
+  return False
 
 
 def parse_gin(

@@ -54,14 +54,7 @@ def asked_for(flags: argparse.Namespace) -> bool:
   Raises:
     UserError: it has their flags, and no task.
   """
-  if flags.task is not None:
-    if flags.tasks is not None:
-      raise UserError('--task is for groups of thinkers, --tasks for benchmarks: give one of them')
-    return True
-  for name in _OWN_FLAGS:
-    if getattr(flags, name) is not None:
-      raise UserError(f'--{name} is for groups of thinkers: add --task=NAME, or leave it out')
-  return False
+  return flag_groups.asks_for(flags, 'task', _OWN_FLAGS, part='groups of thinkers')
 
 
 def run(flags: argparse.Namespace, *, text: str, output: str | Path) -> int:
@@ -77,7 +70,7 @@ def run(flags: argparse.Namespace, *, text: str, output: str | Path) -> int:
   flag_groups.parse_gin(flags, text=mix + text, bind_model_dir=False)
   config = flag_groups.override(gin_config.build(GroupEvaluateConfig), flags)
   data = gin_config.build(GroupDataConfig)
-  tasks = [_task(name.strip(), data) for name in flags.task.split(',')]
+  tasks = [trained_task(name.strip(), data) for name in flags.task.split(',')]
   folder = flag_groups.make_folder(output, name='output')
   mesh, rules = make_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingRules()
   loaded = load_model(flags.model_dir, mesh=mesh, rules=rules, step=flags.step)
@@ -90,7 +83,7 @@ def run(flags: argparse.Namespace, *, text: str, output: str | Path) -> int:
   return 0
 
 
-def _task(name: str, data: GroupDataConfig) -> Task:
+def trained_task(name: str, data: GroupDataConfig) -> Task:
   """The task of the name that the model was trained on (of several, the last), or else the usual one."""
   own = {task.name: task for task in map(find_group_task, data.tasks)}
   return own.get(name) or find_group_task(name)

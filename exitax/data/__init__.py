@@ -15,7 +15,7 @@ from exitax.data.group_data import (
   build_group_data,
   find_group_task,
 )
-from exitax.data.group_rows import NAMES, GroupMix, GroupRows, char_ids, header_text
+from exitax.data.group_rows import GroupMix, GroupRows
 from exitax.data.huggingface import BpeTokenizer, HuggingFaceTokenizer
 from exitax.data.jsonl import JsonlSource
 from exitax.data.loader import TrainLoader, TrainRows
@@ -70,11 +70,8 @@ __all__ = [
   'GroupDataConfig',
   'GroupMix',
   'GroupRows',
-  'NAMES',
   'build_group_data',
-  'char_ids',
   'find_group_task',
-  'header_text',
   # Batches and packing.
   'Batch',
   'Origins',

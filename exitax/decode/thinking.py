@@ -72,7 +72,7 @@ def think(
     prefill_chunk=prefill_chunk,
     cache_format=cache_format,
   )
-  return run.by_group(run.advance(_TO_THE_END))
+  return run.finish()
 
 
 class GroupRun:
@@ -137,6 +137,10 @@ class GroupRun:
     gained = completions_since(self.state, self._seen)
     self._seen = np.array(self.state.step)
     return gained
+
+  def finish(self) -> list[tuple[Completion, ...]]:
+    """Steps until every text has ended; what each thinker of each group has gained."""
+    return self.by_group(self.advance(_TO_THE_END))
 
   def by_group(self, completions: Sequence[Completion]) -> list[tuple[Completion, ...]]:
     """Of each text to of each thinker of each group; spare texts are left out."""
@@ -210,12 +214,14 @@ class GroupRun:
     Raises:
       UserError: more than there is room for among the spare tokens, in its slot, or in the context.
     """
-    group = int(self.state.group.row[text])
+    grouping = self.state.group
+    assert grouping is not None, 'a run has groups'
+    group = int(grouping.row[text])
     own = self._groups[group]
     length = int(self.state.requests.budget[text] + self.state.prompt_length[text])
     length += len(tokens) - len(own.prompt)
     if self._config.positions is Positions.SLOTS:
-      width = int(self.state.group.slot_width[text])
+      width = int(grouping.slot_width[text])
       if length > width:
         raise UserError(f'{len(tokens)} more tokens make {length} in a slot of {width}: widen it')
     elif len(own.prompt) + length + self._spent[group] > self._model.config.max_length:

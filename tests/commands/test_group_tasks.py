@@ -47,6 +47,7 @@ def test_a_task_with_baselines(exitax: RunCommand, trained: Path, tmp_path: Path
   [
     (['--task=knitting'], "no task 'knitting' for groups: choose enumeration, floyd_warshall"),
     (['--task=enumeration', '--tasks=arc_easy'], '--task is for groups of thinkers, --tasks for'),
+    (['--task=enumeration', '--limit=3'], '--limit is for benchmarks: add --tasks=NAME'),
     (['--baselines'], '--baselines is for groups of thinkers: add --task=NAME'),
     (['--thinkers=2'], '--thinkers is for groups of thinkers: add --task=NAME'),
     (['--task=enumeration', '--thinkers=two'], '--thinkers=two are not numbers with commas'),

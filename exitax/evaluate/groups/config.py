@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from exitax.data import NAMES
+from exitax.data.group_rows import NAMES
 from exitax.errors import UserError
 
 

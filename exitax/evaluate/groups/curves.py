@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from exitax.data.group_tasks import Problem, duplicate_share, union_coverage
+from exitax.data.group_tasks import Problem, Writing, duplicate_share, units_in
 from exitax.evaluate.groups.rollouts import Text
 
 REACHES = (0.5, 0.9, 0.95)
@@ -38,19 +38,28 @@ def score(
   coverage = np.empty((len(problems), num_tokens + 1))
   tokens = np.zeros(num_tokens + 1)
   steps = np.arange(num_tokens + 1)
-  size = len(texts[0])
-  fair = -(-problems[0].num_units * problems[0].unit_length // size)
+  fair = -(-problems[0].num_units * problems[0].unit_length // len(texts[0]))
   duplicates = []
   for row, (problem, group) in enumerate(zip(problems, texts, strict=True)):
-    longest = max(len(text.pieces) for text in group)
-    for step in range(num_tokens + 1):
-      if step > longest:
-        coverage[row, step:] = coverage[row, step - 1]
-        break
-      coverage[row, step] = union_coverage(problem, [text.first(step) for text in group])
+    coverage[row] = _coverage(problem, group, num_tokens)
     tokens += sum(np.minimum(len(text.pieces), steps) for text in group)
     duplicates.append(duplicate_share(problem, [text.first(fair) for text in group]))
   return Scores(coverage, tokens / len(problems), float(np.mean(duplicates)), fair)
+
+
+def _coverage(problem: Problem, group: Sequence[Text], num_tokens: int) -> np.ndarray:
+  """`union_coverage` of all beginnings: what a text's beginning has written does not depend on how it goes on."""
+  written: list[tuple[int, int, Writing]] = []  # (token that completed it, thinker, unit).
+  for number, text in enumerate(group):
+    ends = np.cumsum([len(piece) for piece in text.pieces])
+    units = units_in(problem, ''.join(text.pieces))
+    written += [(int(np.searchsorted(ends, item.end)) + 1, number, item) for item in units]
+  curve = np.full(num_tokens + 1, problem.coverage([]))
+  so_far: list[tuple[int, str]] = []
+  for step, _, item in sorted(written, key=lambda entry: entry[:2]):
+    so_far.append((item.unit, item.text))
+    curve[step:] = problem.coverage(so_far)
+  return curve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from exitax.checkpoint import LoadedModel
-from exitax.data import GroupMix, Progress, char_ids, header_text, quiet
+from exitax.data import GroupMix, Progress, quiet
+from exitax.data.group_rows import char_ids, header_text
 from exitax.data.group_tasks import EnumerationTask, Task
 from exitax.decode import ExitPolicy, Sampler, Sees, StrategySettings, ThinkConfig
 from exitax.evaluate.facts import machine_facts, model_facts

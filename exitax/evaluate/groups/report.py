@@ -115,7 +115,8 @@ class GroupReport:
     for curve in self.curves:
       if (curve.way, curve.thinkers) == (way, thinkers) and (way != LAG or curve.lag == lag):
         return curve
-    raise KeyError(f'{way} {thinkers} was not measured')
+    wanted = f'{way} {lag}' if way == LAG else way
+    raise KeyError(f'{wanted} {thinkers} was not measured')
 
   @property
   def sizes(self) -> tuple[int, ...]:

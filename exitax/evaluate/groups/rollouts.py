@@ -8,17 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from exitax.checkpoint import LoadedModel
-from exitax.data import (
-  NAMES,
-  GroupMix,
-  Progress,
-  StreamDecoder,
-  Tokenizer,
-  char_ids,
-  encode_prompt,
-  header_text,
-  quiet,
-)
+from exitax.data import GroupMix, Progress, StreamDecoder, Tokenizer, encode_prompt, quiet
+from exitax.data.group_rows import NAMES, char_ids, header_text
 from exitax.data.group_tasks import Problem, Task
 from exitax.decode import (
   Completion,
@@ -184,15 +175,9 @@ class GroupWriter:
     for batch in self._progress(batches, total=len(batches), label=label):
       # A last batch is filled up with copies, so that it needs no program of its own.
       filled = [*batch, *[batch[-1]] * (size - len(batch))]
-      run = self.begin(filled, stop_tokens=self._loaded.tokenizer.stop_ids)
-      written = run.by_group(run.advance(self._config.max_new_tokens + self._longest(filled)))
+      written = self.begin(filled, stop_tokens=self._loaded.tokenizer.stop_ids).finish()
       found += [tuple(map(self._text, group)) for group in written[: len(batch)]]
     return found
-
-  @staticmethod
-  def _longest(groups: Sequence[Group]) -> int:
-    """Tokens of the longest header: steps that choose nothing."""
-    return max(len(thinker.header) for group in groups for thinker in group.thinkers)
 
   def _text(self, completion: Completion) -> Text:
     decoder = StreamDecoder(self._loaded.tokenizer)

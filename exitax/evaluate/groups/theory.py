@@ -8,7 +8,8 @@ import numpy as np
 def independent_coverage(num_items: int, num_thinkers: int, num_tokens: int) -> np.ndarray:
   """Of thinkers who know their own text alone: 1 - (1 - K/L)^N after K = 0 to `num_tokens` items.
 
-  Independent sampling cannot do better, whatever the model: only less repetition of its own text would.
+  No model does better whose thinkers choose in the same way; those that a name or a slot tells which items are
+  their own would, which is why both are drawn at random.
   """
   share = np.minimum(np.arange(num_tokens + 1) / num_items, 1.0)
   return 1 - (1 - share) ** num_thinkers

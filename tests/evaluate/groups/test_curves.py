@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from exitax.data.group_tasks import Enumeration
+from exitax.data.group_tasks import (
+  Enumeration,
+  FloydWarshallTask,
+  Teacher,
+  simulate,
+  union_coverage,
+)
 from exitax.evaluate.groups import at_equal_tokens, ideal_coverage, independent_coverage, tokens_to
 from exitax.evaluate.groups.curves import Bootstrap, score
 from exitax.evaluate.groups.rollouts import Text
@@ -27,6 +35,19 @@ def test_scores_of_every_length():
   assert found.fair_share == 2
   # At two tokens each: a b, a a: two of four again; x, x y: one of three.
   assert found.duplicate_share == pytest.approx((2 / 4 + 1 / 3) / 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 50), stray=st.text('A0~!.3', max_size=12), thinkers=st.integers(1, 3))
+def test_a_curve_is_the_coverage_of_every_beginning(seed, stray, thinkers):
+  """Of distances, which a wrong row can make worse, among characters that belong to nothing."""
+  rng = np.random.default_rng(seed)
+  problem = FloydWarshallTask(num_nodes=3).problem(rng)
+  written = simulate(problem, thinkers, rng, teacher=Teacher(max_length=40, slip=0.3))
+  written[0] = stray + written[0]
+  found = score([problem], [texts(*written)], 30)
+  expected = [union_coverage(problem, written, length) for length in range(31)]
+  np.testing.assert_array_equal(found.coverage[0], expected)
 
 
 def test_a_token_may_be_several_characters():
