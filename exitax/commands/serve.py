@@ -46,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--api_key', metavar='KEY', help=f'what clients must send; or set {API_KEY_VARIABLE}'
   )
   load = parser.add_argument_group('load')
-  load.add_argument('--num_slots', type=int, metavar='N', help='sequences at once; 8 by default')
+  load.add_argument('--num_slots', type=int, metavar='N', help='texts at once; 8 by default')
+  load.add_argument(
+    '--max_thinkers',
+    type=int,
+    metavar='N',
+    help='thinkers of a request at most; 8 by default, or as many as there are slots',
+  )
   load.add_argument(
     '--capacity',
     type=int,
@@ -85,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--weights', metavar='FORMAT', help='compute (the default) or int8')
   parser.add_argument('--kv_cache', metavar='FORMAT', help='compute (the default) or int8')
   parser.add_argument('--chat_template', metavar='FILE', help='a Jinja file')
+  parser.add_argument(
+    '--think_template', metavar='FILE', help='a TOML file with what thinkers are told'
+  )
   flag_groups.add_gin_flags(parser)
   flag_groups.add_device_flags(parser)
 

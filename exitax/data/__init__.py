@@ -44,6 +44,7 @@ from exitax.data.tasks import (
   resolve,
 )
 from exitax.data.tfds_source import TfdsSource
+from exitax.data.think_template import ThinkTemplate
 from exitax.data.tokenizers import (
   ByteTokenizer,
   Tokenizer,
@@ -70,6 +71,7 @@ __all__ = [
   'GroupDataConfig',
   'GroupMix',
   'GroupRows',
+  'ThinkTemplate',
   'build_group_data',
   'find_group_task',
   # Batches and packing.

@@ -56,10 +56,15 @@ from exitax.decode.results import Completion, GenerateResult, StreamEvent, compl
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
 from exitax.decode.segments import Filling
 
+from exitax.decode.singles import run_singles
+
 # Slots that requests take and leave.
 from exitax.decode.slots import (
   CacheChunk,
   Gains,
+  NewGroup,
+  empty_grouping,
+  insert_group,
   insert_row,
   read_chunk,
   read_gains,
@@ -82,6 +87,10 @@ from exitax.decode.thinking import GroupRun, think
 
 __all__ = [
   'GIVEN',
+  'NewGroup',
+  'empty_grouping',
+  'insert_group',
+  'run_singles',
   'NewText',
   'give_tokens',
   'start_text',

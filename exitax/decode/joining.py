@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from exitax.decode.compiling import decode_jit
@@ -34,7 +35,7 @@ class NewText:
   """
 
   row: jax.Array | int
-  header: jax.Array
+  header: jax.Array | np.ndarray
   header_length: jax.Array | int
   number: jax.Array | int
   slot: jax.Array | int

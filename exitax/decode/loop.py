@@ -61,6 +61,7 @@ def run_steps(
   plan: StepPlan,
   visibility: Visibility,
   rows: jax.Array | None = None,
+  at_least: jax.Array | int = 0,
 ) -> DecodeState:
   """Steps until every row is done, `num_steps` times at most; `state` is donated.
 
@@ -73,13 +74,14 @@ def run_steps(
     visibility: which keys a token sees.
     rows: bool `[rows]`, those to advance; None advances all. Rows of one state may take turns under
       different plans.
+    at_least: steps to take although every row is done: texts of groups feed what they have left.
   """
   held = jnp.zeros_like(state.done) if rows is None else ~state.done & ~rows
   state = dataclasses.replace(state, done=state.done | held)
 
   def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
     state, steps = carry
-    return ~jnp.all(state.done) & (steps < num_steps)
+    return (~jnp.all(state.done) | (steps < at_least)) & (steps < num_steps)
 
   def advance(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
     state, steps = carry

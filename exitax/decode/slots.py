@@ -2,7 +2,7 @@
 
 All shapes are fixed by the slots, so that joining and leaving never compiles anything. A request is
 prefilled alone, in a state of one row, and then copied into a free slot: running rows wait for one
-chunk of a prompt at most.
+chunk of a prompt at most. In a state of groups a request takes a row and a text for each of its thinkers.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from exitax.decode.cache import KVCache, LayerCache
 from exitax.decode.compiling import decode_jit
 from exitax.decode.state import DecodeState, Requests
+from exitax.decode.texts import Grouping
+from exitax.layers import PROMPT, Origin
 
 
 @struct.dataclass
 class Gains:
   """What rows have gained: small enough to be copied to the host after every few steps.
+
+  In a state of groups "row" means text.
 
   Attributes:
     tokens: i32 `[rows, width]`, each row's generated tokens from the asked number on; those at and
@@ -79,9 +84,130 @@ def insert_row(
   return jax.tree.map(put, state, row)
 
 
+@struct.dataclass
+class NewGroup:
+  """The texts of a request that joins a state of groups; its thinkers are numbered as they stand here.
+
+  Attributes:
+    place: i32 `[thinkers]`, which texts of the state they become; out of bounds for none.
+    tokens: i32 `[thinkers, capacity]`, the prompt and each one's header.
+    length: i32 `[thinkers]`, of these.
+    shared: i32 scalar, tokens of the prompt.
+    slot_width: i32 scalar, positions of each thinker.
+    lag: i32 scalar, of what they see of each other, as `by_rank`.
+    by_rank: bool scalar.
+    requests: settings, of as many rows as there are thinkers.
+  """
+
+  place: jax.Array | np.ndarray
+  tokens: jax.Array | np.ndarray
+  length: jax.Array | np.ndarray
+  shared: jax.Array | int
+  slot_width: jax.Array | int
+  lag: jax.Array | int
+  by_rank: jax.Array | bool
+  requests: Requests
+
+
+@decode_jit(static=(), donated=('state',))
+def insert_group(
+  state: DecodeState, prefilled: DecodeState, row: jax.Array | int, new: NewGroup
+) -> DecodeState:
+  """`state` with a request in row `row`, in place of all texts that were there; `state` is donated.
+
+  Args:
+    state: of groups.
+    prefilled: a state of one row, without groups, that has cached the prompt; it stays.
+    row: traced.
+    new: the request's texts.
+  """
+  group = state.group
+  assert group is not None, 'a state without groups takes rows: insert_row'
+  # Those who leave are nobody's texts: nothing of them is fed any more, not even that they ended.
+  stay = group.row != row
+  thinkers = jnp.arange(new.place.shape[0])
+
+  def put(into: jax.Array, values: jax.Array | int) -> jax.Array:
+    return jnp.asarray(into).at[new.place].set(values, mode='drop')
+
+  def into_row(into: jax.Array, one: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, jnp.asarray(one, into.dtype), row, axis=0)
+
+  columns, given = state.cache.columns, prefilled.cache.columns
+  prompt = Origin(owner=PROMPT, step=-1, rank=0, lag=0, by_rank=False, sees_all=False)  # type: ignore[arg-type]
+  cache = KVCache(
+    layers=jax.tree.map(into_row, state.cache.layers, prefilled.cache.layers),
+    heads=jax.tree.map(into_row, state.cache.heads, prefilled.cache.heads),
+    columns=dataclasses.replace(
+      columns,
+      position=into_row(columns.position, given.position),
+      valid=into_row(columns.valid, given.valid),
+      origin=jax.tree.map(lambda old, value: old.at[row].set(value), columns.origin, prompt),
+    ),
+  )
+  fields = {
+    'row': row,
+    'thinker': thinkers,
+    'slot': thinkers,
+    'rank': thinkers,
+    'lag': new.lag,
+    'by_rank': new.by_rank,
+    'sees_all': False,
+    'start': 0,
+    'shared': new.shared,
+    'fed': new.shared - 1,
+    'slot_width': new.slot_width,
+  }
+  group = dataclasses.replace(group, fed=group.fed * stay)
+  return dataclasses.replace(
+    state,
+    cache=cache,
+    tokens=put(state.tokens, new.tokens),
+    prompt_length=put(state.prompt_length * stay, new.length),
+    step=put(state.step * stay, 0),
+    done=put(state.done | ~stay, False),
+    stop_reason=put(state.stop_reason, 0),
+    requests=jax.tree.map(put, state.requests, new.requests),
+    fill=into_row(state.fill, prefilled.fill),
+    pending=jax.tree.map(into_row, state.pending, prefilled.pending),
+    aux=dataclasses.replace(
+      state.aux,
+      passes=into_row(state.aux.passes, prefilled.aux.passes),
+      extra=jax.tree.map(into_row, state.aux.extra, prefilled.aux.extra),
+    ),
+    group=dataclasses.replace(
+      group, **{name: put(getattr(group, name), value) for name, value in fields.items()}
+    ),
+  )
+
+
+def empty_grouping(texts: int, *, max_lanes: int) -> Grouping:
+  """Of a state whose texts nobody has taken yet.
+
+  Args:
+    texts: how many.
+    max_lanes: thinkers of a request at most.
+  """
+  zeros, no = jnp.zeros((texts,), jnp.int32), jnp.zeros((texts,), bool)
+  return Grouping(
+    row=zeros,
+    thinker=zeros,
+    slot=zeros,
+    rank=zeros,
+    lag=zeros,
+    by_rank=no,
+    sees_all=no,
+    start=zeros,
+    shared=zeros,
+    fed=zeros,
+    slot_width=zeros,
+    max_lanes=max_lanes,
+  )
+
+
 @decode_jit(static=(), donated=('state',))
 def release_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
-  """`state` with the marked rows (bool `[rows]`) ended where they are; `state` is donated."""
+  """`state` with the marked rows (of groups: texts; bool) ended where they are; `state` is donated."""
   return dataclasses.replace(state, done=state.done | rows)
 
 

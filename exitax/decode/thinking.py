@@ -126,14 +126,7 @@ class GroupRun:
 
   def advance(self, num_steps: int) -> tuple[Completion, ...]:
     """Steps until every text has ended, `num_steps` at most; what each text has gained."""
-    self.state = run_steps(
-      self._model,
-      self._params,
-      self.state,
-      num_steps,
-      plan=self._plan,
-      visibility=self._visibility,
-    )
+    self._run(num_steps)
     gained = completions_since(self.state, self._seen)
     self._seen = np.array(self.state.step)
     return gained
@@ -150,6 +143,8 @@ class GroupRun:
   def start(self, text: int, group: int, thinker: Thinker, *, sees_all: bool = False) -> None:
     """Begins a text in place of one that has ended, or of a spare one.
 
+    Where all have ended, their last tokens are fed first: they know nothing of what comes.
+
     Args:
       text: its place.
       group: whose.
@@ -160,6 +155,7 @@ class GroupRun:
       UserError: a text that has not ended, no header, or more tokens than there is room for.
     """
     config, own = self._model.config, self._groups[group]
+    assert self.state.group is not None, 'a run has groups'
     if not self.state.done[text]:
       raise UserError(f'text {text} has not ended: stop it first')
     if not len(thinker.header) or thinker.number is None or thinker.slot is None:
@@ -176,6 +172,8 @@ class GroupRun:
         f'{config.max_length}'
       )
     self._spend(group, needed)
+    if self.done and np.any(self.state.group.fed < self.state.length):
+      self._run(1, at_least=1)
     header = np.zeros((self._spare.tokens,), np.int32)
     header[: len(thinker.header)] = thinker.header
     requests = make_requests(
@@ -232,6 +230,17 @@ class GroupRun:
     given = np.zeros((self._spare.tokens,), np.int32)
     given[: len(tokens)] = tokens
     self.state = give_tokens(self.state, text, jnp.asarray(given), len(tokens))
+
+  def _run(self, num_steps: int, *, at_least: int = 0) -> None:
+    self.state = run_steps(
+      self._model,
+      self._params,
+      self.state,
+      num_steps,
+      plan=self._plan,
+      visibility=self._visibility,
+      at_least=at_least,
+    )
 
   def _spend(self, group: int, count: int) -> None:
     """Takes room for tokens that nobody knew of when the cache was made."""

@@ -9,12 +9,11 @@ from exitax.language_model.results import (
   TextScore,
   Threshold,
 )
-from exitax.language_model.thinking import ANSWER, ThinkSettings, ThinkTemplate, ThoughtEvent
+from exitax.language_model.thinking import ANSWER, ThinkSettings, ThoughtEvent
 
 __all__ = [
   'ANSWER',
   'ThinkSettings',
-  'ThinkTemplate',
   'ThoughtEvent',
   'ExitChoice',
   'LanguageModel',

@@ -17,7 +17,13 @@ class AnswerShape:
   """One answer on its way out: a completion or a chat completion, whole or in parts."""
 
   def __init__(
-    self, *, model: str, chat: bool, tokenizer: Tokenizer, num_top: int | None = None
+    self,
+    *,
+    model: str,
+    chat: bool,
+    tokenizer: Tokenizer,
+    num_top: int | None = None,
+    thinkers: Sequence[int | None] | None = None,
   ) -> None:
     """Starts an answer: its id and its time.
 
@@ -26,7 +32,9 @@ class AnswerShape:
       chat: which of the two.
       tokenizer: names tokens where log-probabilities are shown.
       num_top: alternatives per token; None shows no log-probabilities.
+      thinkers: who writes each choice, told with it; None tells nothing.
     """
+    self._thinkers = thinkers
     self._chat, self._tokenizer, self._num_top = chat, tokenizer, num_top
     self._offsets: dict[int, int] = {}
     self._id = f'{"chatcmpl" if chat else "cmpl"}-{uuid.uuid4().hex}'
@@ -83,6 +91,7 @@ class AnswerShape:
   ) -> dict[str, Any]:
     return {
       'index': index,
+      **({} if self._thinkers is None else {'thinker': self._thinkers[index]}),
       **content,
       'logprobs': self._logprobs(index, pieces),
       'finish_reason': finish_reason,

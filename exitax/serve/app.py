@@ -113,6 +113,7 @@ async def _answer(
     chat=kind is ChatRequest,
     tokenizer=service.tokenizer,
     num_top=parsed.num_top,
+    thinkers=work.thinkers,
   )
   running = Running(service, work)
   if parsed.stream:
@@ -152,6 +153,7 @@ def _model_card(service: Service, created: int) -> dict[str, Any]:
     'threshold': strategies.default_threshold,
     'confidence': strategies.confidence.value,
     'certified': strategies.has_certificate,
+    'max_thinkers': service.max_thinkers,
   }
 
 

@@ -1,4 +1,8 @@
-"""The arrays of the engine: slots, prefill of one row, and what is read back. One thread owns it."""
+"""The arrays of the engine: slots, prefill of one row, and what is read back. One thread owns it.
+
+A slot is a text of a state of groups. A sample has a row of the cache to itself; the thinkers of a request
+share one. There are as many rows as slots, so that a free slot always finds a free row.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,27 @@ from exitax.decode import (
   Causal,
   DecodeState,
   Gains,
+  InGroups,
+  NewGroup,
+  NewText,
   Requests,
   StepPlan,
+  empty_grouping,
   init_state,
-  insert_row,
+  insert_group,
   prefill_chunk,
   read_chunk,
   read_gains,
   release_rows,
+  run_singles,
   run_steps,
+  start_text,
+  stop_texts,
   write_chunk,
 )
 from exitax.decode.state import NO_TOKEN
 from exitax.models import ExitLM, Params
-from exitax.serve.jobs import Job
+from exitax.serve.jobs import Job, Together
 from exitax.serve.memory import check_slots
 from exitax.serve.prefix_cache import PrefixCache
 
@@ -52,7 +63,7 @@ class Prefill:
     state: the row.
     filled: tokens cached.
     cached: how many of them came from the prefix cache.
-    num_inserted: samples that have left for a slot.
+    num_inserted: samples that have left for a slot; thinkers leave together and count as one.
   """
 
   job: Job
@@ -79,6 +90,8 @@ class SlotBatch:
     num_slots: int,
     capacity: int,
     prefix_bytes: int,
+    max_thinkers: int = 1,
+    group_plans: Sequence[StepPlan] = (),
     cache_format: CacheFormat = CacheFormat.COMPUTE,
   ) -> None:
     """Allocates the slots.
@@ -87,9 +100,11 @@ class SlotBatch:
       model: the model.
       params: parameters after `prepare_params`.
       plans: what rows may be advanced with; the state is laid out for the first.
-      num_slots: rows.
+      num_slots: texts at once, and rows.
       capacity: tokens of a row at most, prompt included.
       prefix_bytes: what the prefix cache may hold.
+      max_thinkers: of a request at most.
+      group_plans: those of `plans` that thinkers may be advanced with.
       cache_format: how keys and values are kept.
 
     Raises:
@@ -97,8 +112,12 @@ class SlotBatch:
     """
     self._cache_format = cache_format
     self._model, self._params, self._plans = model, params, tuple(dict.fromkeys(plans))
+    self._group_plans = tuple(dict.fromkeys(group_plans)) if max_thinkers > 1 else ()
+    self.max_thinkers = max_thinkers
     self._visibility = Causal(model.config.sliding_window)
-    overhang = max(plan.overhang for plan in plans)
+    self._in_groups = InGroups(model.config.sliding_window)
+    # Windows of lanes, padding included, must fit behind the last token.
+    overhang = max(*(plan.overhang for plan in plans), max_thinkers)
     columns = -(-(capacity + overhang) // WINDOWS[0]) * WINDOWS[0]
     self.columns = max(columns, PREFIX_CHUNK)  # Programs copy whole chunks.
     self.num_slots, self.capacity = num_slots, capacity
@@ -151,35 +170,109 @@ class SlotBatch:
       )
     return width
 
-  def insert(self, prefill: Prefill, slot: int) -> int:
-    """Copies the prompt into a slot for its next sample; returns the sample's number."""
-    sample = prefill.num_inserted
-    requests = self._requests(prefill.job, prefill.job.seeds[sample])
-    self._state = insert_row(self._state, prefill.state, np.int32(slot), requests)
-    prefill.num_inserted += 1
-    return sample
+  def insert(self, prefill: Prefill, row: int, slots: Sequence[int]) -> None:
+    """Copies the prompt into a row for its next sample, or for its thinkers.
 
-  # Rows.
+    Args:
+      prefill: a prompt that is ready.
+      row: a row that nobody uses.
+      slots: one for each text, that nobody uses.
+    """
+    job, most = prefill.job, self.max_thinkers
+    headers = job.together.headers if job.together else ((),)
+    texts = [(*job.prompt, *header) for header in headers]
+    tokens = np.zeros((most, self.columns), np.int32)
+    for text, line in zip(texts, tokens, strict=False):
+      line[: len(text)] = text
+    place = [*slots, *[self.num_slots] * (most - len(slots))]
+    lengths = [*map(len, texts), *[0] * (most - len(texts))]
+    requests = self._requests(job, job.seeds[prefill.num_inserted])
+    sees = job.together.sees if job.together else None
+    new = NewGroup(
+      place=np.asarray(place, np.int32),
+      tokens=tokens,
+      length=np.asarray(lengths, np.int32),
+      shared=len(job.prompt),
+      slot_width=job.together.slot_width(job.budget) if job.together else 0,
+      lag=sees.lag if sees else 0,
+      by_rank=sees.by_rank if sees else False,
+      requests=jax.tree.map(lambda x: np.repeat(x, most, axis=0), requests),
+    )
+    self._state = insert_group(self._state, prefill.state, np.int32(row), new)
+    prefill.num_inserted += 1
+
+  # Texts.
 
   def release(self, slots: Iterable[int]) -> None:
-    """Ends the rows in these slots."""
+    """Ends the texts in these slots."""
     self._state = release_rows(self._state, self._mask(slots))
 
-  def run(self, plan: StepPlan, num_steps: int, slots: Iterable[int]) -> None:
-    """Advances the rows in these slots."""
+  def stop(self, slots: Iterable[int]) -> None:
+    """Ends thinkers whose group goes on, and sees what they wrote."""
+    self._state = stop_texts(self._state, self._mask(slots))
+
+  def answer(self, plan: StepPlan, job: Job, row: int, slot: int) -> None:
+    """Begins the answer of a group in the slot of one of its thinkers, all of whom have ended."""
+    together = job.together
+    assert together is not None, 'samples have no answer'
+    self._run_groups(plan, 1, [], at_least=1)  # The answer reads their last tokens too.
+    # A text begins with something: if with nothing of its own, with the prompt's last token once more.
+    begin = together.answer or job.prompt[-1:]
+    header = np.zeros((self.columns,), np.int32)
+    header[: len(begin)] = begin
+    requests = self._requests(job, job.seeds[0], budget=together.answer_budget)
+    self._state = start_text(
+      self._state,
+      np.int32(slot),
+      NewText(
+        row=row,
+        header=header,
+        header_length=len(begin),
+        number=together.size,
+        slot=together.size,
+        slot_width=together.slot_width(job.budget),
+        rank=together.size,
+        lag=0,
+        by_rank=False,
+        sees_all=True,
+        requests=requests,
+      ),
+    )
+
+  def run(
+    self, plan: StepPlan, num_steps: int, slots: Iterable[int], *, groups: bool = False
+  ) -> None:
+    """Advances the texts in these slots; `groups` if thinkers are among them."""
+    if groups:
+      self._run_groups(plan, num_steps, slots)
+    else:
+      self._state = run_singles(
+        self._model,
+        self._params,
+        self._state,
+        np.int32(num_steps),
+        plan=plan,
+        visibility=self._visibility,
+        texts=self._mask(slots),
+      )
+    jax.block_until_ready(self._state.step)
+
+  def _run_groups(
+    self, plan: StepPlan, num_steps: int, slots: Iterable[int], *, at_least: int = 0
+  ) -> None:
     self._state = run_steps(
       self._model,
       self._params,
       self._state,
       np.int32(num_steps),
       plan=plan,
-      visibility=self._visibility,
+      visibility=self._in_groups,
       rows=self._mask(slots),
+      at_least=np.int32(at_least),
     )
-    jax.block_until_ready(self._state.step)
 
   def gains(self, seen: np.ndarray) -> list[Gains]:
-    """What rows have gained beyond `seen` (i32 `[slots]`) tokens, on the host.
+    """What texts have gained beyond `seen` (i32 `[slots]`) tokens, on the host.
 
     Each is `GAIN_WIDTH` tokens wide and goes on where the one before ends.
     """
@@ -205,6 +298,9 @@ class SlotBatch:
         self._model, self._params, prefill.state, chunk=width, visibility=self._visibility
       )
 
+    together = Together(headers=((0,),), answer=(0,), answer_budget=1)
+    of_thinker = dataclasses.replace(job, together=together, seeds=(0,))
+
     def copy_chunk() -> None:
       chunk = read_chunk(prefill.state, np.int32(0), chunk=PREFIX_CHUNK)
       prefill.state = write_chunk(prefill.state, chunk, np.int32(0))
@@ -212,8 +308,10 @@ class SlotBatch:
     calls = [
       *(functools.partial(prefill_window, width) for width in WINDOWS if width <= self.columns),
       copy_chunk,
-      functools.partial(self.insert, prefill, 0),
+      functools.partial(self.insert, prefill, 0, [0]),
       *(functools.partial(self.run, plan, 1, [0]) for plan in self._plans),
+      functools.partial(self.stop, [0]),
+      *(functools.partial(self.answer, plan, of_thinker, 0, 0) for plan in self._group_plans),
       functools.partial(self.gains, np.zeros(self.num_slots, np.int32)),
       functools.partial(self.release, range(self.num_slots)),
     ]
@@ -239,9 +337,10 @@ class SlotBatch:
       prompt_length=np.zeros(rows, np.int32),
       requests=requests,
       cache_format=self._cache_format,
+      group=empty_grouping(rows, max_lanes=self.max_thinkers),
     )
 
-  def _requests(self, job: Job, seed: int) -> Requests:
+  def _requests(self, job: Job, seed: int, *, budget: int | None = None) -> Requests:
     stops = [*job.stop_tokens, *[NO_TOKEN] * (NUM_STOPS - len(job.stop_tokens))]
     return Requests(
       seed=np.asarray([seed & 0xFFFFFFFF], np.uint32),
@@ -250,7 +349,7 @@ class SlotBatch:
       top_p=np.asarray([job.sampler.top_p], np.float32),
       min_p=np.asarray([job.sampler.min_p], np.float32),
       stop_tokens=np.asarray([stops], np.int32),
-      budget=np.asarray([job.budget], np.int32),
+      budget=np.asarray([job.budget if budget is None else budget], np.int32),
       thresholds=np.asarray([job.thresholds], np.float32).reshape(1, -1),
     )
 

@@ -14,7 +14,7 @@ from exitax.checkpoint import (
   load_sampling,
 )
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
-from exitax.data import Progress, quiet
+from exitax.data import Progress, ThinkTemplate, quiet
 from exitax.decode import CacheFormat, Confidence, Sampler, WeightFormat, prepare_params
 from exitax.errors import UserError, choose
 from exitax.serve.admission import WaitingRoom
@@ -62,11 +62,13 @@ def build_service(
     threshold=config.threshold,
     num_top=config.max_logprobs,
     guarantee=_guarantee(loaded, config),
+    max_thinkers=config.thinkers,
   )
   classifiers = _classifiers(loaded) if strategies.confidence is Confidence.CLASSIFIER else None
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
+  think_template = ThinkTemplate.read(config.think_template)
   sampling = load_sampling(loaded.directory)
   Sampler(**sampling)  # type: ignore[arg-type]  # Out of range is said now, not to clients.
   metrics = Metrics()
@@ -79,6 +81,8 @@ def build_service(
       num_slots=config.num_slots,
       capacity=context,
       prefix_bytes=config.prefix_cache_bytes,
+      max_thinkers=config.thinkers,
+      group_plans=strategies.of_groups,
       cache_format=cache_format,
     )
     programs = batch.programs()
@@ -102,6 +106,8 @@ def build_service(
     max_logprobs=config.max_logprobs,
     strategies=strategies,
     template=template,
+    think_template=think_template,
+    max_thinkers=config.thinkers,
     engine=engine,
     metrics=metrics,
     sampling=sampling,

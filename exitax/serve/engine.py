@@ -31,25 +31,49 @@ MAX_STEPS = 8
 MAX_WINDOWS = 4
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class _Slot:
-  """A row in use.
+  """A text in use.
 
   Attributes:
-    ticket: the request.
-    job: the prompt.
-    choice: which sample of the request.
+    row: what it shares with its group.
+    choice: which sample or thinker of the request.
     seen: tokens handed out.
-    cached: tokens of the prompt from the prefix cache, until told.
     last_gain: when, on the engine's clock.
+    ended: whether it gains no more; its slot is kept until its whole group has ended.
   """
 
-  ticket: Ticket
-  job: Job
+  row: _Row
   choice: int
-  cached: int
   seen: int = 0
   last_gain: float = 0.0
+  ended: bool = False
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Row:
+  """A row of the cache in use, by a sample or by the thinkers of a prompt.
+
+  Attributes:
+    number: of the row.
+    ticket: the request.
+    job: the prompt.
+    cached: tokens of the prompt from the prefix cache.
+    slots: its texts, by number.
+    answers: whether an answer is still to come.
+  """
+
+  number: int
+  ticket: Ticket
+  job: Job
+  cached: int
+  slots: dict[int, _Slot]
+  answers: bool
+
+  @property
+  def ended(self) -> bool:
+    """Whether all of its texts have ended."""
+    return all(slot.ended for slot in self.slots.values())
 
 
 class Engine:
@@ -98,10 +122,12 @@ class Engine:
 
     Raises:
       Refusal: 429, the queue is full; 400, it could never hold them; 503, the engine is leaving.
-      ValueError: a job is longer than a slot.
+      ValueError: a job is longer than a row, or has more thinkers than there may be.
     """
-    if any(len(job.prompt) + job.budget > self._batch.capacity for job in jobs):
-      raise ValueError(f'a job needs more than the {self._batch.capacity} tokens of a slot')
+    if any(job.length > self._batch.capacity for job in jobs):
+      raise ValueError(f'a job needs more than the {self._batch.capacity} tokens of a row')
+    if any(job.num_texts > self._batch.max_thinkers for job in jobs):
+      raise ValueError(f'a job has more than {self._batch.max_thinkers} thinkers')
     if self._refuses:
       raise self._refuses
     ticket = Ticket(jobs, deliver, now=self._clock())
@@ -143,11 +169,12 @@ class Engine:
   def occupancy(self) -> Occupancy:
     """How full it is right now."""
     used = [slot for slot in tuple(self._slots) if slot]
+    rows = {id(slot.row): slot.row for slot in used}.values()
     return Occupancy(
       slots=len(self._slots),
       slots_used=len(used),
       columns=len(self._slots) * self._batch.columns,
-      columns_used=sum(len(slot.job.prompt) + slot.seen for slot in used),
+      columns_used=sum(len(row.job.prompt) for row in rows) + sum(slot.seen for slot in used),
       waiting=len(self._room),
       prefix_bytes=self._batch.prefixes.num_bytes,
     )
@@ -194,7 +221,7 @@ class Engine:
     now = self._clock()
     late = unavailable('no slot became free in time: try again later', code='queue_timeout')
     refuse_all(self._room.expire(now), late)
-    running = {id(slot.ticket): slot.ticket for slot in self._slots if slot}
+    running = {id(row.ticket): row.ticket for row in self._rows()}
     if self._held:
       running[id(self._held[0])] = self._held[0]
     limit = self._request_timeout
@@ -205,15 +232,50 @@ class Engine:
       self._room.leave(ticket)
     if self._held and self._held[0].cancelled:
       self._held = None
-    unwanted = [
-      number
-      for number, slot in enumerate(self._slots)
-      if slot and not slot.ticket.wants(slot.choice)
-    ]
-    if unwanted:
-      self._batch.release(unwanted)
-      for number in unwanted:
-        self._slots[number] = None
+    for row in self._rows():
+      if row.ticket.cancelled:
+        self._batch.release(row.slots)
+        self._free(row)
+        continue
+      unwanted = [
+        number
+        for number, slot in row.slots.items()
+        if not slot.ended and not row.ticket.wants(slot.choice)
+      ]
+      if unwanted:
+        self._batch.stop(unwanted)
+        for number in unwanted:
+          row.slots[number].ended = True
+        self._settle(row)
+
+  def _rows(self) -> list[_Row]:
+    """All rows in use."""
+    return list({id(slot.row): slot.row for slot in self._slots if slot}.values())
+
+  def _settle(self, row: _Row) -> None:
+    """Begins a row's answer, or frees it, once all of its texts have ended."""
+    if not row.ended:
+      return
+    together = row.job.together
+    if together is None or not row.answers:
+      self._free(row)
+      return
+    row.answers = False
+    number = min(row.slots)
+    choice = row.job.first_choice + together.size
+    if not row.ticket.wants(choice):
+      self._free(row)
+      return
+    self._batch.answer(self._plans[row.job.strategy], row.job, row.number, number)
+    for other in row.slots:
+      self._slots[other] = None
+    slot = _Slot(row=row, choice=choice, last_gain=self._clock())
+    self._slots[number] = slot
+    row.slots = {number: slot}
+
+  def _free(self, row: _Row) -> None:
+    for number in row.slots:
+      self._slots[number] = None
 
   def _admit(self) -> None:
     """Prefills and inserts: as needed while no row runs, else one window of prompt tokens.
@@ -234,45 +296,60 @@ class Engine:
       ticket, prefill = self._held
       if not prefill.ready:
         lanes -= self._batch.advance(prefill)
-      elif None in self._slots:
+      elif self._slots.count(None) >= prefill.job.num_texts:
         lanes -= WINDOWS[0]
-        self._join(ticket, prefill, self._slots.index(None))
+        self._join(ticket, prefill)
       else:
         return
 
-  def _join(self, ticket: Ticket, prefill: Prefill, number: int) -> None:
-    choice = prefill.job.first_choice + prefill.num_inserted
-    self._batch.insert(prefill, number)
-    self._slots[number] = _Slot(
+  def _join(self, ticket: Ticket, prefill: Prefill) -> None:
+    """A sample, or the thinkers of a prompt, take a row and a slot each."""
+    job = prefill.job
+    first = job.first_choice + prefill.num_inserted
+    free = [number for number, slot in enumerate(self._slots) if slot is None]
+    numbers = free[: job.num_texts]
+    used = {row.number for row in self._rows()}
+    # There are as many rows as slots; a sample's are alike where they can be.
+    unused = [number for number in (numbers[0], *range(len(self._slots))) if number not in used]
+    row = _Row(
+      number=unused[0],
       ticket=ticket,
-      job=prefill.job,
-      choice=choice,
+      job=job,
       cached=prefill.cached,
-      last_gain=ticket.submitted,
+      slots={},
+      answers=bool(job.together and job.together.answer_budget),
     )
-    if prefill.num_inserted == len(prefill.job.seeds):
+    self._batch.insert(prefill, row.number, numbers)
+    for choice, number in enumerate(numbers, start=first):
+      slot = _Slot(row=row, choice=choice, last_gain=ticket.submitted)
+      self._slots[number] = row.slots[number] = slot
+    if prefill.num_inserted == len(job.seeds):
       self._held = None
 
   def _run(self) -> None:
-    """Some steps for every row, and what they gained."""
+    """Some steps for every text, and what they gained."""
     by_plan: dict[StepPlan, list[int]] = {}
     for number, slot in enumerate(self._slots):
-      if slot:
-        by_plan.setdefault(self._plans[slot.job.strategy], []).append(number)
+      if slot and not slot.ended:
+        by_plan.setdefault(self._plans[slot.row.job.strategy], []).append(number)
     for plan, numbers in by_plan.items():
       self._step(plan, numbers, share=TURN_SECONDS / len(by_plan))
     seen = np.asarray([slot.seen if slot else 0 for slot in self._slots], np.int32)
     gains = self._batch.gains(seen)
     now = self._clock()
     for number, slot in enumerate(self._slots):
-      if slot:
+      if slot and not slot.ended:
         self._hand_out(number, slot, gains, now)
+    for row in self._rows():
+      self._settle(row)
 
   def _step(self, plan: StepPlan, numbers: Sequence[int], *, share: float) -> None:
-    """Advances rows of one plan for about `share` seconds."""
+    """Advances texts of one plan for about `share` seconds: all at once if a group is among them."""
     start, expected = self._clock(), self._step_seconds[plan]
     num_steps = int(np.clip(round(share / max(expected, 1e-6)), 1, MAX_STEPS))
-    self._batch.run(plan, num_steps, numbers)
+    rows = [slot.row for number in numbers if (slot := self._slots[number])]
+    groups = any(row.job.together for row in rows)
+    self._batch.run(plan, num_steps, numbers, groups=groups)
     took = (self._clock() - start) / num_steps
     self._step_seconds[plan] = expected + 0.2 * (took - expected)
 
@@ -280,25 +357,25 @@ class Engine:
     reason = StopReason(int(gains[0].stop_reason[number]))
     gain = Gain(
       choice=slot.choice,
-      tokens=_tokens_of(gains, number, seen=slot.seen, num_top=slot.job.num_top),
+      tokens=_tokens_of(gains, number, seen=slot.seen, num_top=slot.row.job.num_top),
       stop_reason=reason,
-      cached_tokens=slot.cached,
+      cached_tokens=slot.row.cached,
     )
+    ticket = slot.row.ticket
     self._count(slot, gain, now)
     slot.seen += len(gain.tokens)
-    if reason is not StopReason.RUNNING:
-      self._slots[number] = None
-    if slot.ticket.wants(slot.choice):
-      slot.ticket.deliver(gain)
+    slot.ended = reason is not StopReason.RUNNING
+    if ticket.wants(slot.choice):
+      ticket.deliver(gain)
 
   def _count(self, slot: _Slot, gain: Gain, now: float) -> None:
-    metrics, count = self._metrics, len(gain.tokens)
+    metrics, ticket, count = self._metrics, slot.row.ticket, len(gain.tokens)
     metrics.generated_tokens.inc(count)
     for token in gain.tokens:
       metrics.exit_tokens.labels(token.exit_layer).inc()
-    if count and not slot.ticket.first_token_seen:
-      slot.ticket.first_token_seen = True
-      metrics.first_token.observe(now - slot.ticket.submitted)
+    if count and not ticket.first_token_seen:
+      ticket.first_token_seen = True
+      metrics.first_token.observe(now - ticket.submitted)
     elif count and slot.seen:
       for _ in range(count):
         metrics.per_token.observe((now - slot.last_gain) / count)
@@ -306,7 +383,7 @@ class Engine:
 
   def _fail(self, refusal: Refusal) -> None:
     """Refuses everything taken so far and empties the slots."""
-    tickets = [slot.ticket for slot in self._slots if slot]
+    tickets = [row.ticket for row in self._rows()]
     if self._held:
       tickets.append(self._held[0])
     tickets += self._room.clear()

@@ -5,8 +5,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from exitax.decode import Sampler, StopReason
+from exitax.decode import Sampler, Sees, StopReason
 from exitax.serve.refusals import Refusal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Together:
+  """Thinkers of one prompt who see each other's tokens, and the answer that has read them all.
+
+  Attributes:
+    headers: token ids that each thinker's text begins with, one entry per thinker.
+    sees: what each sees of the others.
+    answer: token ids that the answer begins with.
+    answer_budget: tokens of the answer at most; 0 gives none.
+  """
+
+  headers: tuple[tuple[int, ...], ...]
+  sees: Sees = Sees()
+  answer: tuple[int, ...] = ()
+  answer_budget: int = 0
+
+  @property
+  def size(self) -> int:
+    """Thinkers."""
+    return len(self.headers)
+
+  def slot_width(self, budget: int) -> int:
+    """Positions of each thinker."""
+    return max(map(len, self.headers)) + budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,9 +41,11 @@ class Job:
 
   Attributes:
     prompt: token ids, at least one.
-    seeds: one per sample.
-    first_choice: number of the first sample among all of the request.
-    budget: tokens per sample at most.
+    seeds: one per sample; one for all thinkers, who differ by their numbers.
+    first_choice: number of the first sample among all of the request; thinkers count as samples, and
+      the answer is the last.
+    together: thinkers in place of samples.
+    budget: tokens per sample or thinker at most.
     sampler: how tokens are chosen.
     stop_tokens: ids that end a sample.
     strategy: name of an entry of `Strategies`.
@@ -28,12 +56,35 @@ class Job:
   prompt: tuple[int, ...]
   seeds: tuple[int, ...] = (0,)
   first_choice: int = 0
+  together: Together | None = None
   budget: int
   sampler: Sampler = Sampler()
   stop_tokens: tuple[int, ...] = ()
   strategy: str
   thresholds: tuple[float, ...] = ()
   num_top: int = 0
+
+  @property
+  def num_choices(self) -> int:
+    """Samples, or thinkers and their answer."""
+    if self.together is None:
+      return len(self.seeds)
+    return self.together.size + bool(self.together.answer_budget)
+
+  @property
+  def num_texts(self) -> int:
+    """Texts that go on at once for one insertion."""
+    return 1 if self.together is None else self.together.size
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row, and positions, at most."""
+    length = len(self.prompt)
+    if self.together is None:
+      return length + self.budget
+    thinkers = self.together.size * self.together.slot_width(self.budget)
+    answer = self.together.answer_budget
+    return length + thinkers + (len(self.together.answer) + answer if answer else 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,5 +168,5 @@ class Ticket:
 
   @property
   def num_choices(self) -> int:
-    """Samples of all jobs."""
-    return sum(len(job.seeds) for job in self.jobs)
+    """Choices of all jobs."""
+    return sum(job.num_choices for job in self.jobs)

@@ -1,4 +1,4 @@
-"""OpenAI's requests, with fields for exits. Types are strict: "false" is no boolean, true no number."""
+"""OpenAI's requests, with fields for exits and thinkers. Types are strict: "false" is no boolean, true no number."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ class _Generation(_Strict):
   threshold: float | list[float] | Literal['certified'] | None = None
   confidence: str | None = None
   use_early_exit: bool | None = None
+  # Group Think: how many write at once, what each sees of the others, and tokens of an answer that has
+  # read them all.
+  thinkers: Annotated[int, Field(ge=1)] | None = None
+  visibility: str | None = None
+  answer_tokens: Annotated[int, Field(ge=0)] | None = None
   # Taken if they ask for nothing.
   presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
   frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

@@ -6,12 +6,12 @@ import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 
-from exitax.data import Tokenizer, begin_prompt, encode_prompt
-from exitax.decode import Sampler
+from exitax.data import ThinkTemplate, Tokenizer, begin_prompt, encode_prompt
+from exitax.decode import Sampler, Sees
 from exitax.errors import UserError
 from exitax.serve.chat import ChatTemplate
 from exitax.serve.engine import Engine
-from exitax.serve.jobs import Job
+from exitax.serve.jobs import Job, Together
 from exitax.serve.metrics import Metrics
 from exitax.serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
 from exitax.serve.refusals import Refusal, bad_request
@@ -37,6 +37,16 @@ class Work:
   echoes: tuple[str, ...]
 
   @property
+  def thinkers(self) -> tuple[int | None, ...] | None:
+    """Which thinker writes each choice, from 1; None for an answer. None for requests without thinkers."""
+    found: list[int | None] = []
+    for job in self.jobs:
+      if job.together is None:
+        return None
+      found += [*range(1, job.together.size + 1), None][: job.num_choices]
+    return tuple(found)
+
+  @property
   def prompt_tokens(self) -> int:
     """Tokens of all prompts."""
     return sum(len(job.prompt) for job in self.jobs)
@@ -54,6 +64,8 @@ class Service:
     max_logprobs: alternatives per token that can be asked for.
     strategies: what can be asked of exits.
     template: for chats.
+    think_template: what thinkers are told.
+    max_thinkers: of a request at most.
     engine: what runs jobs.
     metrics: what is counted.
     sampling: fields of `Sampler` for requests that do not name them; OpenAI's by default.
@@ -66,6 +78,8 @@ class Service:
   max_logprobs: int
   strategies: Strategies
   template: ChatTemplate
+  think_template: ThinkTemplate
+  max_thinkers: int
   engine: Engine
   metrics: Metrics
   sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -82,6 +96,7 @@ class Service:
       raise bad_request(
         "echo with logprobs needs the prompt's, which this server does not compute", param='echo'
       )
+    check_thinkers(request, most=self.max_thinkers)
     prompts = self._prompts(request)
     echoes = [text for text, _ in prompts] if request.echo else [''] * len(prompts)
     default = DEFAULT_MAX_TOKENS
@@ -105,7 +120,12 @@ class Service:
       )
     if request.top_logprobs and not request.logprobs:
       raise bad_request('top_logprobs needs logprobs=true', param='top_logprobs')
-    text = self.template.render([message.for_template() for message in request.messages])
+    check_thinkers(request, most=self.max_thinkers)
+    messages = [message.for_template() for message in request.messages]
+    if request.thinkers:
+      # What they are told stands around the last message; the chat's own template around all.
+      messages[-1]['content'] = self._told(messages[-1]['content'], request.thinkers)
+    text = self.template.render(messages)
     ids = self._encode(text, param='messages')
     # Templates of models that have a start token write it themselves.
     prompt = begin_prompt(self.tokenizer, ids)
@@ -114,7 +134,7 @@ class Service:
       request,
       [prompt],
       echoes=[''],
-      max_tokens=wanted or max(self.context - len(prompt), 1),
+      max_tokens=wanted or self._what_fits(request, len(prompt)),
       stops=(*request.stop_strings, *self.template.stops),
     )
 
@@ -138,7 +158,8 @@ class Service:
     found = []
     for item in several:
       if isinstance(item, str):
-        found.append((item, self._encode(item, param='prompt', start=True)))
+        text = self._told(item, request.thinkers) if request.thinkers else item
+        found.append((item, self._encode(text, param='prompt', start=True)))
       else:
         ids = list(item) if isinstance(item, list) else [item]
         self._check_ids(ids)
@@ -164,17 +185,21 @@ class Service:
       use_early_exit=request.use_early_exit,
       max_tokens=max_tokens,
       temperature=sampler.temperature,
+      together=request.thinkers is not None,
     )
-    for prompt in prompts:
-      self._check_length(len(prompt), max_tokens)
     samples = request.n or 1
     seed = secrets.randbits(32) if request.seed is None else request.seed
     stop_tokens = () if request.ignore_eos else self.tokenizer.stop_ids
+    together = self._together(request)
+    choices = samples
+    if together is not None:
+      choices = together.size + bool(together.answer_budget)
     jobs = tuple(
       Job(
         prompt=tuple(prompt),
         seeds=tuple(seed + number * samples + i for i in range(samples)),
-        first_choice=number * samples,
+        first_choice=number * choices,
+        together=together,
         budget=max_tokens,
         sampler=sampler,
         stop_tokens=stop_tokens,
@@ -184,8 +209,34 @@ class Service:
       )
       for number, prompt in enumerate(prompts)
     )
+    for job in jobs:
+      self._check_length(job)
     return Work(
-      jobs=jobs, stops=stops, echoes=tuple(echo for echo in echoes for _ in range(samples))
+      jobs=jobs, stops=stops, echoes=tuple(echo for echo in echoes for _ in range(choices))
+    )
+
+  def _told(self, problem: str, thinkers: int) -> str:
+    return self.think_template.filled('prompt', problem=problem, thinkers=thinkers)
+
+  def _together(self, request: GenerationRequest) -> Together | None:
+    """The thinkers that a request asks for. What its headers say does not depend on its problem."""
+    if request.thinkers is None:
+      return None
+    count, template = request.thinkers, self.think_template
+    headers = [
+      template.filled('header', problem='', thinkers=count, thinker=number)
+      for number in range(count)
+    ]
+    answer = template.filled('answer', problem='', thinkers=count)
+    try:
+      sees = Sees.parse(request.visibility or 'full')
+    except UserError as error:
+      raise bad_request(str(error), param='visibility') from None
+    return Together(
+      headers=tuple(tuple(self.tokenizer.encode(header)) for header in headers),
+      sees=sees,
+      answer=tuple(self.tokenizer.encode(answer)),
+      answer_budget=request.answer_tokens or 0,
     )
 
   def _encode(self, text: str, *, param: str, start: bool = False) -> list[int]:
@@ -222,15 +273,50 @@ class Service:
         param=field,
       )
 
-  def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
-    if prompt_tokens + max_tokens > self.context:
-      raise bad_request(
-        f'a prompt of {prompt_tokens} tokens and {max_tokens} to generate exceed the context of '
-        f'{self.context}: shorten the prompt or ask for at most '
-        f'{max(self.context - prompt_tokens, 0)}',
-        param='prompt' if prompt_tokens >= self.context else 'max_tokens',
-        code='context_length_exceeded',
-      )
+  def _what_fits(self, request: ChatRequest, prompt_tokens: int) -> int:
+    """Tokens of the one who answers, or of each thinker, that the context has room for; 1 at least."""
+    room, together = self.context - prompt_tokens, self._together(request)
+    if together is not None:
+      answer = together.answer_budget
+      room -= len(together.answer) + answer if answer else 0
+      room = room // together.size - together.slot_width(0)
+    return max(room, 1)
+
+  def _check_length(self, job: Job) -> None:
+    prompt_tokens, excess = len(job.prompt), job.length - self.context
+    if excess <= 0:
+      return
+    size, asked = job.num_texts, f'{job.budget} to generate'
+    if job.together:
+      asked = f'{job.length - prompt_tokens} of {size} thinkers, headers and answer included,'
+    fitting = max(job.budget - -(-excess // size), 0)
+    raise bad_request(
+      f'a prompt of {prompt_tokens} tokens and {asked} exceed the context of '
+      f'{self.context}: shorten the prompt or ask for at most {fitting}'
+      f'{" of each" if job.together else ""}',
+      param='prompt' if prompt_tokens >= self.context else 'max_tokens',
+      code='context_length_exceeded',
+    )
+
+
+def check_thinkers(request: GenerationRequest, *, most: int) -> None:
+  """Raises Refusal (400) for fields about thinkers that contradict each other, or too many of them."""
+  if request.thinkers is None:
+    for name in ('visibility', 'answer_tokens'):
+      if getattr(request, name) is not None:
+        raise bad_request(f'{name} does nothing without thinkers: leave it out', param=name)
+    return
+  if request.thinkers > most:
+    what = f'are more than this server takes, {most}' if most > 1 else 'are not taken here'
+    raise bad_request(
+      f'thinkers={request.thinkers} {what} (--max_thinkers): ask for fewer', param='thinkers'
+    )
+  if (request.n or 1) > 1:
+    raise bad_request(
+      f'n={request.n} with thinkers: a group writes one text each; send several requests', param='n'
+    )
+  if isinstance(request, CompletionRequest) and request.echo:
+    raise bad_request('echo with thinkers: there is no one text to begin with it', param='echo')
 
 
 def sampler_of(request: GenerationRequest, defaults: Mapping[str, float]) -> Sampler:

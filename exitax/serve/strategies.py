@@ -84,6 +84,7 @@ class Strategies:
     threshold: float | tuple[float, ...] | str | None = None,
     num_top: int = 0,
     guarantee: Guarantee | None = None,
+    max_thinkers: int = 1,
   ) -> None:
     """Checks the server's own settings.
 
@@ -97,6 +98,7 @@ class Strategies:
         the requests that the certificate speaks of, and the others run without loss.
       num_top: alternatives whose log-probabilities are recorded per token.
       guarantee: the model's certificate, if it has one.
+      max_thinkers: of a request at most.
 
     Raises:
       UserError: a strategy or threshold that the model has no use for.
@@ -108,6 +110,7 @@ class Strategies:
         confidence = guarantee.certificate.measure
     self.confidence = choose(Confidence, confidence, name='confidence')
     self._threshold, self._num_top, self._guarantee = threshold, num_top, guarantee
+    self._max_thinkers = max_thinkers
     self.plans = self._make_plans()
     self._lossless = SPECULATIVE if config.exits else FULL
     self.default = default or (self._lossless if threshold is None else DEFERRED)
@@ -131,6 +134,11 @@ class Strategies:
     return (self.plans.get(SPECULATIVE, self.plans[FULL]), *self.plans.values())
 
   @property
+  def of_groups(self) -> tuple[StepPlan, ...]:
+    """Plans that thinkers may decode with."""
+    return tuple(plan for name, plan in self.plans.items() if name != SPECULATIVE)
+
+  @property
   def default_threshold(self) -> float | tuple[float, ...] | str | None:
     """Threshold of requests that exit early and name none."""
     return self._threshold
@@ -149,6 +157,7 @@ class Strategies:
     use_early_exit: bool | None = None,
     max_tokens: int = 1,
     temperature: float = 0.0,
+    together: bool = False,
   ) -> Chosen:
     """What a request's fields ask for.
 
@@ -159,6 +168,7 @@ class Strategies:
       use_early_exit: False forbids exits, True asks for them.
       max_tokens: tokens to generate at most, which certificates limit.
       temperature: of sampling; certificates are for 0.
+      together: whether thinkers ask, who cannot speculate.
 
     Raises:
       Refusal: 422, values out of range, fields that contradict each other, no such strategy.
@@ -175,6 +185,13 @@ class Strategies:
       return self._without_exits(strategy, threshold)
     asked = strategy is not None or threshold is not None or bool(use_early_exit)
     name = strategy or (DEFERRED if asked else self.default)
+    if together and name == SPECULATIVE:
+      if strategy is not None:
+        raise bad_policy(
+          f'strategy={SPECULATIVE!r} drafts the text of one: with thinkers choose {FULL!r} or {DEFERRED!r}',
+          param='strategy',
+        )
+      name = FULL
     if name not in self.plans:
       field = 'threshold' if threshold is not None else 'use_early_exit'
       raise bad_policy(f'{field}: {self._why_not(name)}', param=field)
@@ -198,7 +215,8 @@ class Strategies:
     except UserError as error:
       if asked:
         raise bad_policy(str(error), param='threshold') from None
-      return Chosen(strategy=self._lossless, thresholds=self._never())
+      lossless = FULL if together else self._lossless
+      return Chosen(strategy=lossless, thresholds=self._never())
     return Chosen(strategy=name, thresholds=self._thresholds(certified))
 
   def _without_exits(self, strategy: str | None, threshold: Threshold | None) -> Chosen:
@@ -239,6 +257,9 @@ class Strategies:
       return {FULL: FullDepth(confidence=self._of_scores, num_top=num_top).plan(config)}
     # Thresholds are data: full depth is deferred exit with thresholds that nothing meets.
     deferred = DeferredExit(threshold=NEVER, confidence=self.confidence, num_top=num_top)
+    # All thinkers of a row may leave early in one step.
+    room = max(deferred.pending_capacity, self._max_thinkers)
+    deferred = dataclasses.replace(deferred, pending_capacity=room)
     speculative = Speculative(
       confidence=self._of_scores, num_top=num_top, pending_capacity=deferred.pending_capacity
     )

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from exitax.commands.think import Board
+from exitax.data import ThinkTemplate
 from exitax.decode import StopReason
 from exitax.errors import UserError
-from exitax.language_model import ANSWER, ThinkTemplate, ThoughtEvent
+from exitax.language_model import ANSWER, ThoughtEvent
 from tests.commands.conftest import RunCommand
 
 SHORT = 'prompt = "{thinkers}:{problem}"\nheader = "|{thinker}"\nanswer = "="\n'

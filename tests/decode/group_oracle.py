@@ -64,11 +64,11 @@ def run_groups(
   return run.state, fed
 
 
-def record(run: GroupRun, num_steps: int = 1000) -> list[Fed]:
-  """Advances a run to its end, `num_steps` at most; what was fed."""
+def record(run: GroupRun, num_steps: int = 1000, *, at_least: int = 0) -> list[Fed]:
+  """Advances a run to its end, `num_steps` at most and `at_least` beyond it; what was fed."""
   fed = []
-  for _ in range(num_steps):
-    if run.done:
+  for number in range(num_steps):
+    if run.done and number >= at_least:
       break
     run.state, (tokens, active, step, scores, layers) = _one_step(
       run._model, run._params, run.state, run._plan, run._visibility

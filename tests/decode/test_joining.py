@@ -60,12 +60,28 @@ def test_the_one_that_sums_up_sees_everything(exact, mode, scheme):
   model, params = exact
   run = GroupRun(model, params, [pair(mode)], ThinkConfig(positions=scheme, **CONFIG), spare=SPARE)
   fed = record(run)
+  fed += record(
+    run, 1, at_least=1
+  )  # As `start` does by itself: both thinkers' last tokens are fed.
   steps = max(item.step for item in fed) + 1
   run.start(2, 0, LATER, sees_all=True)
   fed += record(run)
-  # Both thinkers' last tokens were fed with its first.
   assert [sum(item.text == text and item.step >= 0 for item in fed) for text in (0, 1)] == [10, 10]
   check(model, params, mode, scheme, fed, starts={2: steps}, sees_all=[2])
+
+
+def test_last_tokens_are_fed_before_one_begins_that_sums_up(exact):
+  model, params = exact
+  texts = []
+  for fed_before in (False, True):
+    run = GroupRun(model, params, [pair('full')], ThinkConfig(**CONFIG), spare=SPARE)
+    run.finish()
+    if fed_before:
+      record(run, 1, at_least=1)
+    run.start(2, 0, LATER, sees_all=True)
+    texts.append(run.advance(20)[2])
+  np.testing.assert_array_equal(texts[0].tokens, texts[1].tokens)
+  np.testing.assert_array_equal(texts[0].log_probs, texts[1].log_probs)
 
 
 def test_tokens_that_are_given_are_fed_like_own_ones(exact):

@@ -293,7 +293,7 @@ def test_a_fault_refuses_what_ran_and_the_engine_goes_on(
   service = make_service()
   engine, broken = service.engine, Listener()
 
-  def fault(*_):
+  def fault(*_, **__):
     raise RuntimeError('out of memory')
 
   with monkeypatch.context() as patch:
@@ -315,7 +315,7 @@ def test_an_engine_that_cannot_start_anew_says_so(
 ):
   engine, broken = make_service().engine, Listener()
 
-  def fault(*_):
+  def fault(*_, **__):
     raise RuntimeError('out of memory')
 
   monkeypatch.setattr(engine._batch, 'run', fault)
