@@ -1,9 +1,10 @@
-"""Training rows of groups: a problem, and what thinkers wrote about it, all in one row.
+"""Training rows of groups: problems, and what thinkers wrote about them.
 
-The tokens of a row are the prompt and then, step after step, one token of every thinker who has one: the
+The tokens of a problem are its prompt and then, step after step, one token of every thinker who has one: the
 order in which a cache is filled. The target of a token is the next one of the same thinker; headers, which
-are given, and the prompt have none. Each row draws how many thinkers there are, their names and slots, and
-what they see of each other, so that one model learns all of it.
+are given, and the prompt have none. Each problem draws how many thinkers there are, their names and slots, and
+what they see of each other, so that one model learns all of it. A row is filled with one problem after another
+(a segment each, as documents are packed); of the last one the steps that do not fit are left out.
 
 Miniature, two thinkers with headers `|a` and `|b`, texts `xy` and `z`, `$` the end, slots of 5 after a prompt of 2:
 
@@ -30,11 +31,13 @@ from exitax.errors import UserError
 NAMES = string.ascii_uppercase
 NEVER = 1 << 30
 _PROMPT = -1
+# (token, target or None, owner, step, position) of a token.
+_Place = tuple[int, int | None, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupMix:
-  """What rows draw from, evenly.
+  """What problems draw from, evenly.
 
   Attributes:
     thinkers: numbers of thinkers.
@@ -90,7 +93,7 @@ class GroupRows(Sequence[Batch]):
       task: where problems come from.
       mix: how they are thought about.
       tokenizer: of the model; a text's characters become tokens one by one.
-      length: tokens of a row; steps that do not fit are left out.
+      length: tokens of a row.
       seed: two numbers give rows that have nothing in common.
       count: how many.
     """
@@ -104,7 +107,7 @@ class GroupRows(Sequence[Batch]):
   @property
   def padding(self) -> Batch:
     """A row `[length]` that holds nothing."""
-    return self._arrays([], 0)
+    return self._arrays([])
 
   def last_position(self, samples: int = 64) -> int:
     """One more than the highest position, as far as the prompts of some problems tell."""
@@ -119,12 +122,28 @@ class GroupRows(Sequence[Batch]):
     if not 0 <= index < self._count:
       raise IndexError(index)
     rng = np.random.default_rng([self._seed, index])
+    groups: list[tuple[list[_Place], int]] = []
+    left = self.length
+    while left > 0:
+      places, lag = self._group(rng, left)
+      if not places:
+        break
+      groups.append((places, lag))
+      left -= len(places)
+    return self._arrays(groups)
+
+  def _group(self, rng: np.random.Generator, room: int) -> tuple[list[_Place], int]:
+    """One problem's tokens, whole steps that fit into `room`; none if not even one does. And its lag."""
     mix = self._mix
     problem = self._task.problem(rng)
     size, lag = int(rng.choice(mix.thinkers)), int(rng.choice(mix.lags))
     lag = NEVER if lag < 0 else lag
     names = rng.permutation(list(NAMES))[:size]
+    slots = rng.permutation(mix.slots)[:size]
+    prompt = encode_prompt(self._tokenizer, problem.prompt)
     header_length = len(self._ids(header_text(NAMES[0])))
+    if room < len(prompt) + size * header_length:
+      return [], lag
     teacher = dataclasses.replace(
       mix.teacher, max_length=min(mix.teacher.max_length, mix.slot_width - header_length - 1)
     )
@@ -138,54 +157,53 @@ class GroupRows(Sequence[Batch]):
       ]
       for name, text, done in zip(names, texts, ended, strict=True)
     ]
-    return self._row(problem, written, lag=lag, given=header_length, slots=self._slots(rng, size))
-
-  def _slots(self, rng: np.random.Generator, size: int) -> np.ndarray:
-    return rng.permutation(self._mix.slots)[:size]
+    return self._places(prompt, written, given=header_length, slots=slots, room=room), lag
 
   def _ids(self, text: str) -> list[int]:
     return char_ids(self._tokenizer, text)
 
-  def _row(
+  def _places(
     self,
-    problem: Problem,
+    prompt: Sequence[int],
     written: Sequence[Sequence[int]],
     *,
-    lag: int,
     given: int,
     slots: np.ndarray,
-  ) -> Batch:
-    prompt = encode_prompt(self._tokenizer, problem.prompt)
-    # (token, target or None, owner, step, position) of every token, in the row's order.
-    places: list[tuple[int, int | None, int, int, int]] = [
+    room: int,
+  ) -> list[_Place]:
+    places: list[_Place] = [
       (token, None, _PROMPT, -1, index) for index, token in enumerate(prompt)
     ]
     for step in range(max(map(len, written))):
       live = [(number, text) for number, text in enumerate(written) if step < len(text)]
-      if len(places) + len(live) > self.length:
+      if len(places) + len(live) > room:
         break
       for number, text in live:
         position = len(prompt) + int(slots[number]) * self._mix.slot_width + step
         chosen = step + 1 >= given and step + 1 < len(text)
         places.append((text[step], text[step + 1] if chosen else None, number, step, position))
-    return self._arrays(places, lag)
+    return places
 
-  def _arrays(self, places: Sequence[tuple[int, int | None, int, int, int]], lag: int) -> Batch:
+  def _arrays(self, groups: Sequence[tuple[Sequence[_Place], int]]) -> Batch:
     row = empty_row(length=self.length, pad_id=self.pad_id)
     zeros, no = np.zeros(self.length, np.int32), np.zeros(self.length, bool)
-    owner, step = zeros - 1, zeros - 1
+    owner, step, lags = zeros - 1, zeros - 1, zeros.copy()
     tokens, targets, positions = row.tokens.copy(), row.targets.copy(), row.positions.copy()
     weights, segments = row.weights.copy(), row.segment_ids.copy()
-    for index, (token, target, thinker, number, position) in enumerate(places):
-      tokens[index], positions[index] = token, position
-      owner[index], step[index], segments[index] = thinker, number, 1
-      if target is not None:
-        targets[index], weights[index] = target, 1.0
+    index = 0
+    for segment, (places, lag) in enumerate(groups, start=1):
+      for token, target, thinker, number, position in places:
+        tokens[index], positions[index] = token, position
+        owner[index], step[index] = thinker, number
+        segments[index], lags[index] = segment, lag
+        if target is not None:
+          targets[index], weights[index] = target, 1.0
+        index += 1
     return Batch(
       tokens=tokens,
       targets=targets,
       segment_ids=segments,
       positions=positions,
       weights=weights,
-      origin=Origins(owner=owner, step=step, rank=owner, lag=zeros + lag, by_rank=no, sees_all=no),
+      origin=Origins(owner=owner, step=step, rank=owner, lag=lags, by_rank=no, sees_all=no),
     )

@@ -55,7 +55,6 @@ from exitax.decode.prepare import WeightFormat, prepare_params
 from exitax.decode.results import Completion, GenerateResult, StreamEvent, completions_since
 from exitax.decode.sampler import Sampler, choose_tokens, filter_logits, token_key
 from exitax.decode.segments import Filling
-
 from exitax.decode.singles import run_singles
 
 # Slots that requests take and leave.

@@ -25,7 +25,7 @@ def test_a_row_holds_the_prompt_and_one_token_of_every_thinker_per_step():
   tokenizer = ByteTokenizer()
   for index in range(12):
     row = rows()[index]
-    used = row.segment_ids == 1
+    used = row.segment_ids == 1  # Whole; the last of a row may be cut off.
     owner, step = row.origin.owner[used], row.origin.step[used]
     length = int((owner < 0).sum())
     assert (owner[:length] < 0).all() and (step[:length] == -1).all()
@@ -48,7 +48,22 @@ def test_a_row_holds_the_prompt_and_one_token_of_every_thinker_per_step():
       np.testing.assert_array_equal(row.weights[own], [0, *[1] * (len(own) - 2), 0])
       assert row.tokens[own[-1]] == tokenizer.eos_id
     assert len(slots) == len(set(owner[length:].tolist()))
-    assert not row.weights[~used].any() and not row.weights[:length].any()
+    assert not row.weights[:length].any()
+
+
+def test_a_row_is_filled_with_problems():
+  for index in range(12):
+    row = rows(length=256)[index]
+    segments = row.segment_ids
+    assert segments.max() >= 3
+    assert (np.diff(segments[segments > 0]) >= 0).all()
+    # What is left at the end is less than a prompt, its headers and a step.
+    assert (segments == 0).sum() < len('list 12345678') + 2 + 3 * 3
+    assert not row.weights[segments == 0].any()
+    for segment in range(1, segments.max() + 1):
+      here = segments == segment
+      assert row.positions[here][0] == 0 and len(set(row.origin.lag[here].tolist())) == 1
+      assert ByteTokenizer().decode(row.tokens[here]).startswith('list ')
 
 
 def test_rows_come_from_their_number_and_seed():
@@ -66,12 +81,14 @@ def test_teachers_see_what_the_row_says():
   tokenizer, seen = ByteTokenizer(), {}
   for index in range(60):
     row = rows()[index]
-    owners = sorted(set(row.origin.owner[row.origin.owner >= 0].tolist()))
+    used = row.segment_ids == 1
+    of_texts = used & (row.origin.owner >= 0)
+    owners = sorted(set(row.origin.owner[of_texts].tolist()))
     if len(owners) == 3:
       # The prompt says which items there are.
-      prompt = tokenizer.decode(row.tokens[row.origin.owner < 0])
+      prompt = tokenizer.decode(row.tokens[used & (row.origin.owner < 0)])
       problem = data.group_tasks.Enumeration(tuple(prompt[5:].rstrip('\n')))
-      texts = [tokenizer.decode(row.tokens[row.origin.owner == n])[2:] for n in owners]
+      texts = [tokenizer.decode(row.tokens[used & (row.origin.owner == n)])[2:] for n in owners]
       written = sum(len(units_in(problem, text)) for text in texts)
       seen.setdefault(int(row.origin.lag[0]), []).append(written)
   assert set(seen[data.group_rows.NEVER]) == {24}

@@ -18,11 +18,12 @@ def test_a_row_scores_what_its_group_would(x64, tiny, lag):
   """The texts of a row as headers of thinkers: every token's scores, fed one a step, are the row's."""
   model, params = tiny(precision=Precision.FLOAT64, num_layers=3, vocab_size=264)
   mix = GroupMix(thinkers=(3,), lags=(lag,), slots=4, slot_width=16)
-  rows = GroupRows(EnumerationTask(num_items=6), mix, tokenizer=ByteTokenizer(), length=64, seed=1)
+  rows = GroupRows(EnumerationTask(num_items=6), mix, tokenizer=ByteTokenizer(), length=96, seed=1)
   row = rows[2]
-  owner = row.origin.owner
-  prompt = row.tokens[(owner < 0) & (row.segment_ids == 1)].tolist()
-  places = [np.flatnonzero(owner == number) for number in range(3)]
+  # Behind others in its row; the last one may be cut off.
+  here, owner = row.segment_ids == 2, row.origin.owner
+  prompt = row.tokens[here & (owner < 0)].tolist()
+  places = [np.flatnonzero(here & (owner == number)) for number in range(3)]
   group = Group(
     prompt=prompt,
     thinkers=[

@@ -78,12 +78,21 @@ def _make_loaded(directory: Path, **changes) -> LoadedModel:
   )
 
 
+# The packaged one is longer than the tiny model's context.
+THINK_TEMPLATE = 'prompt = "{thinkers}:{problem}"\nheader = "|{thinker}"\nanswer = "="\n'
+
+
 @pytest.fixture(scope='session')
-def make_service(loaded: LoadedModel) -> Callable[..., Service]:
+def make_service(
+  loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Service]:
   """Builds a service on the tiny model; its engine is not started."""
+  template = tmp_path_factory.mktemp('think') / 'think.toml'
+  template.write_text(THINK_TEMPLATE)
+  defaults = {'num_slots': 3, 'max_queue': 8, 'think_template': str(template)}
 
   def make(**settings) -> Service:
-    return build_service(loaded, ServeConfig(**{'num_slots': 3, 'max_queue': 8, **settings}))
+    return build_service(loaded, ServeConfig(**{**defaults, **settings}))
 
   return make
 

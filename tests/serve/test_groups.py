@@ -20,15 +20,11 @@ from exitax.serve.jobs import Job, Together
 from exitax.serve.strategies import DEFERRED, FULL, SPECULATIVE
 from tests.serve.test_engine import EOS, Listener, alone, settle
 
-TEMPLATE = 'prompt = "{thinkers}:{problem}"\nheader = "|{thinker}"\nanswer = "="\n'
-
 
 @pytest.fixture(scope='module')
-def service(make_service: Callable[..., Service], tmp_path_factory) -> Service:
+def service(make_service: Callable[..., Service]) -> Service:
   """Four slots; turns are the tests' to take, unless a client's."""
-  path = tmp_path_factory.mktemp('think') / 'think.toml'
-  path.write_text(TEMPLATE)
-  return make_service(num_slots=4, think_template=str(path))
+  return make_service(num_slots=4)
 
 
 @pytest.fixture

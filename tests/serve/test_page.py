@@ -121,6 +121,25 @@ def test_a_threshold_that_no_slider_shows_is_left_to_the_server(page, threshold)
   assert (asked['strategy'], 'threshold' in asked) == ('deferred', True)
 
 
+def test_thinkers_have_a_column_each_and_the_answer_one_below(page):
+  settings = {'prompt': 'ab', 'max_tokens': '6', 'strategy': 'speculative', 'answer_tokens': '4'}
+  generate(page, **settings, thinkers='2')
+  columns = page.find_elements('css selector', '#columns article')
+  assert [c.find_element('css selector', 'h2').text for c in columns] == [
+    'Thinker 1',
+    'Thinker 2',
+    'Answer',
+  ]
+  counts = [len(column.find_elements('css selector', '.token')) for column in columns]
+  assert all(0 < count <= 6 for count in counts) and counts[2] <= 4
+  boxes = [column.rect for column in columns]
+  assert boxes[0]['y'] == boxes[1]['y'] < boxes[2]['y'] and boxes[0]['x'] < boxes[1]['x']
+  choose(page, thinkers='1')
+  assert not element(page, 'answer-tokens').is_enabled()
+  generate(page)
+  assert not page.find_elements('css selector', '#columns article')
+
+
 def test_an_error_is_told_in_words(page):
   choose(page, max_tokens='100000')
   page.execute_script("document.getElementById('max-tokens').removeAttribute('max')")

@@ -22,6 +22,7 @@ async function connect() {
   $('model').textContent =
     `${model.id} · ${layers.at(-1)} layers, exits at ${layers.slice(0, -1).join(', ') || 'none'}`;
   $('max-tokens').max = model.context - 1;
+  $('thinkers').max = model.max_thinkers;
   showStrategies();
   showControls();
   showLegend([]);
@@ -38,8 +39,15 @@ function showStrategies() {
   if (model.threshold !== null) $('threshold').value = model.threshold;
 }
 
+function thinkers() {
+  return Number($('thinkers').value) || 1;
+}
+
 function showControls() {
   const exits = $('strategy').value === 'deferred';
+  const alone = thinkers() === 1;
+  $('answer-tokens').disabled = alone;
+  $('answer-label').classList.toggle('off', alone);
   $('threshold').disabled = !exits;
   $('threshold-label').classList.toggle('off', !exits);
   $('threshold-value').textContent = Number($('threshold').value).toFixed(2);
@@ -72,13 +80,31 @@ function showLegend(seen) {
   );
 }
 
-function addToken(piece, layer, confidence) {
+// Where the text of a choice grows: below the prompt, or in a column for each thinker, the answer last.
+function placeOf(choice) {
+  if (choice.thinker === undefined) return $('output');
+  const id = `choice-${choice.index}`;
+  if (!$(id)) {
+    const column = document.createElement('article');
+    const name = document.createElement('h2');
+    const text = document.createElement('pre');
+    name.textContent = choice.thinker === null ? 'Answer' : `Thinker ${choice.thinker}`;
+    column.classList.toggle('answer', choice.thinker === null);
+    column.style.order = choice.index;
+    text.id = id;
+    column.append(name, text);
+    $('columns').append(column);
+  }
+  return $(id);
+}
+
+function addToken(place, piece, layer, confidence) {
   const token = coloured('span', layer);
   token.className = 'token';
   token.dataset.layer = layer;
   token.title = `${layer} of ${model.layers.at(-1)} layers, confidence ${confidence.toFixed(3)}`;
   token.textContent = piece;
-  $('output').append(token);
+  place.append(token);
   const bar = coloured('i', layer);
   bar.style.height = `${(100 * layer) / model.layers.at(-1)}%`;
   $('strip').append(bar);
@@ -101,7 +127,9 @@ async function readEvents(body, handle) {
 }
 
 function request() {
-  const strategy = $('strategy').value;
+  const alone = thinkers() === 1;
+  // Thinkers do not speculate: left to the server, they run all layers.
+  const strategy = alone || $('strategy').value !== 'speculative' ? $('strategy').value : '';
   return {
     prompt: $('prompt').value,
     max_tokens: Number($('max-tokens').value),
@@ -109,6 +137,7 @@ function request() {
     seed: Number($('seed').value),
     ...(strategy ? { strategy } : {}),
     ...(strategy === 'deferred' ? { threshold: Number($('threshold').value) } : {}),
+    ...(alone ? {} : { thinkers: thinkers(), answer_tokens: Number($('answer-tokens').value) }),
     stream: true,
   };
 }
@@ -118,16 +147,18 @@ async function generate() {
   prompt.className = 'prompt';
   prompt.textContent = $('prompt').value;
   $('output').replaceChildren(prompt);
+  $('columns').replaceChildren();
   $('strip').replaceChildren();
   running = new AbortController();
+  const asked = request();
   const start = performance.now();
   const layers = [];
   let first = null;
-  let reason = null;
+  const reasons = [];
   const answer = await fetch('v1/completions', {
     method: 'POST',
     headers: headers(),
-    body: JSON.stringify(request()),
+    body: JSON.stringify(asked),
     signal: running.signal,
   });
   if (!answer.ok) throw new Error((await answer.json()).error.message);
@@ -135,11 +166,12 @@ async function generate() {
     if (event.error) throw new Error(event.error.message);
     for (const choice of event.choices) {
       first ??= performance.now();
+      const place = placeOf(choice);
       choice.pieces.forEach((piece, i) => {
-        addToken(piece, choice.exit_layers[i], choice.confidences[i]);
+        addToken(place, piece, choice.exit_layers[i], choice.confidences[i]);
         layers.push(choice.exit_layers[i]);
       });
-      reason = choice.finish_reason ?? reason;
+      if (choice.finish_reason) reasons.push(choice.finish_reason);
     }
     showLegend(layers);
     const seconds = (performance.now() - start) / 1000;
@@ -148,8 +180,9 @@ async function generate() {
       `${layers.length} tokens · ${(layers.length / seconds).toFixed(0)} per second · ` +
       `first after ${Math.round(first - start)} ms · ` +
       `${mean.toFixed(2)} of ${model.layers.at(-1)} layers per token` +
-      (reason ? ` · done (${reason})` : '');
+      (asked.thinkers || !reasons.length ? '' : ` · done (${reasons[0]})`);
   });
+  if (asked.thinkers) $('status').textContent += ` · done (${reasons.join(', ')})`;
 }
 
 function fail(error) {
