@@ -62,6 +62,7 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   parallel.ShardingRules,
   checkpoint.CheckpointConfig,
   training.OptimizerConfig,
+  training.muon,
   training.LoopConfig,
   training.PipelineConfig,
   training.RunConfig,

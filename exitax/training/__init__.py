@@ -15,6 +15,7 @@ from exitax.training.health import DivergenceError
 # Where parameters start.
 from exitax.training.initial import InitialExits, copied_exits, initial_params
 from exitax.training.metrics import read_metrics
+from exitax.training.muon import muon
 from exitax.training.optimizer import (
   Decay,
   OptimizerConfig,
@@ -66,6 +67,7 @@ __all__ = [
   'learning_rate_schedule',
   'make_optimizer',
   'make_train_step',
+  'muon',
   'read_metrics',
   'recompute_settings',
   'split_trained',
