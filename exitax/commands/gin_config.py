@@ -62,7 +62,6 @@ CONFIGURABLE_CLASSES: tuple[type, ...] = (
   parallel.ShardingRules,
   checkpoint.CheckpointConfig,
   training.OptimizerConfig,
-  training.muon,
   training.LoopConfig,
   training.PipelineConfig,
   training.RunConfig,
@@ -149,7 +148,8 @@ def make_configurable(kind: Callable[..., Any], *, name: str | None = None) -> N
 @functools.cache
 def register() -> None:
   """Makes the classes and helpers of all commands known to gin, once."""
-  for item in (*CONFIGURABLE_CLASSES, exits, model_of, tokenizer_of, exit_weights, feature_length):
+  helpers = (exits, model_of, tokenizer_of, exit_weights, feature_length, training.muon)
+  for item in (*CONFIGURABLE_CLASSES, *helpers):
     make_configurable(item)
   # Commands register what they alone read, so that every file is valid for every command.
   for command in ('train', 'generate', 'serve', 'think', 'tune_confidence'):

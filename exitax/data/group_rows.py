@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from exitax.data.batch import Batch, Origins, empty_row
-from exitax.data.group_tasks import Problem, Seen, Task, Teacher, simulate
+from exitax.data.group_tasks import Seen, Task, Teacher, simulate
 from exitax.data.tokenizers import Tokenizer, encode_prompt
 from exitax.errors import UserError
 
@@ -171,9 +171,7 @@ class GroupRows(Sequence[Batch]):
     slots: np.ndarray,
     room: int,
   ) -> list[_Place]:
-    places: list[_Place] = [
-      (token, None, _PROMPT, -1, index) for index, token in enumerate(prompt)
-    ]
+    places: list[_Place] = [(token, None, _PROMPT, -1, index) for index, token in enumerate(prompt)]
     for step in range(max(map(len, written))):
       live = [(number, text) for number, text in enumerate(written) if step < len(text)]
       if len(places) + len(live) > room:

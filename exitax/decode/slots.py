@@ -8,6 +8,7 @@ chunk of a prompt at most. In a state of groups a request takes a row and a text
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def insert_group(
   stay = group.row != row
   thinkers = jnp.arange(new.place.shape[0])
 
-  def put(into: jax.Array, values: jax.Array | int) -> jax.Array:
+  def put(into: jax.Array, values: Any) -> jax.Array:
     return jnp.asarray(into).at[new.place].set(values, mode='drop')
 
   def into_row(into: jax.Array, one: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ a few steps, hand out what rows have gained. Everything else talks to it through
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
@@ -18,9 +17,10 @@ import numpy as np
 from exitax.decode import Gains, StepPlan, StopReason
 from exitax.serve.admission import WaitingRoom, refuse_all
 from exitax.serve.batch import WINDOWS, Prefill, SlotBatch
-from exitax.serve.jobs import Deliver, Gain, Job, Ticket, Token
+from exitax.serve.jobs import Deliver, Gain, Job, Ticket
 from exitax.serve.metrics import Metrics, Occupancy
 from exitax.serve.refusals import Refusal, unavailable
+from exitax.serve.slots import Row, Slot, tokens_of
 
 _log = logging.getLogger(__name__)
 
@@ -29,51 +29,6 @@ TURN_SECONDS = 0.05
 MAX_STEPS = 8
 # Windows of prompt tokens that running rows wait for, at most, in a turn.
 MAX_WINDOWS = 4
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Slot:
-  """A text in use.
-
-  Attributes:
-    row: what it shares with its group.
-    choice: which sample or thinker of the request.
-    seen: tokens handed out.
-    last_gain: when, on the engine's clock.
-    ended: whether it gains no more; its slot is kept until its whole group has ended.
-  """
-
-  row: _Row
-  choice: int
-  seen: int = 0
-  last_gain: float = 0.0
-  ended: bool = False
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Row:
-  """A row of the cache in use, by a sample or by the thinkers of a prompt.
-
-  Attributes:
-    number: of the row.
-    ticket: the request.
-    job: the prompt.
-    cached: tokens of the prompt from the prefix cache.
-    slots: its texts, by number.
-    answers: whether an answer is still to come.
-  """
-
-  number: int
-  ticket: Ticket
-  job: Job
-  cached: int
-  slots: dict[int, _Slot]
-  answers: bool
-
-  @property
-  def ended(self) -> bool:
-    """Whether all of its texts have ended."""
-    return all(slot.ended for slot in self.slots.values())
 
 
 class Engine:
@@ -103,7 +58,7 @@ class Engine:
     """
     self._batch, self._plans, self._room, self._metrics = batch, plans, room, metrics
     self._request_timeout, self._ambient, self._clock = request_timeout, ambient, clock
-    self._slots: list[_Slot | None] = [None] * batch.num_slots
+    self._slots: list[Slot | None] = [None] * batch.num_slots
     self._held: tuple[Ticket, Prefill] | None = None
     self._step_seconds = dict.fromkeys(plans.values(), TURN_SECONDS)
     self._wake = threading.Event()
@@ -248,11 +203,11 @@ class Engine:
           row.slots[number].ended = True
         self._settle(row)
 
-  def _rows(self) -> list[_Row]:
+  def _rows(self) -> list[Row]:
     """All rows in use."""
     return list({id(slot.row): slot.row for slot in self._slots if slot}.values())
 
-  def _settle(self, row: _Row) -> None:
+  def _settle(self, row: Row) -> None:
     """Begins a row's answer, or frees it, once all of its texts have ended."""
     if not row.ended:
       return
@@ -269,11 +224,11 @@ class Engine:
     self._batch.answer(self._plans[row.job.strategy], row.job, row.number, number)
     for other in row.slots:
       self._slots[other] = None
-    slot = _Slot(row=row, choice=choice, last_gain=self._clock())
+    slot = Slot(row=row, choice=choice, last_gain=self._clock())
     self._slots[number] = slot
     row.slots = {number: slot}
 
-  def _free(self, row: _Row) -> None:
+  def _free(self, row: Row) -> None:
     for number in row.slots:
       self._slots[number] = None
 
@@ -311,7 +266,7 @@ class Engine:
     used = {row.number for row in self._rows()}
     # There are as many rows as slots; a sample's are alike where they can be.
     unused = [number for number in (numbers[0], *range(len(self._slots))) if number not in used]
-    row = _Row(
+    row = Row(
       number=unused[0],
       ticket=ticket,
       job=job,
@@ -321,7 +276,7 @@ class Engine:
     )
     self._batch.insert(prefill, row.number, numbers)
     for choice, number in enumerate(numbers, start=first):
-      slot = _Slot(row=row, choice=choice, last_gain=ticket.submitted)
+      slot = Slot(row=row, choice=choice, last_gain=ticket.submitted)
       self._slots[number] = row.slots[number] = slot
     if prefill.num_inserted == len(job.seeds):
       self._held = None
@@ -353,11 +308,11 @@ class Engine:
     took = (self._clock() - start) / num_steps
     self._step_seconds[plan] = expected + 0.2 * (took - expected)
 
-  def _hand_out(self, number: int, slot: _Slot, gains: Sequence[Gains], now: float) -> None:
+  def _hand_out(self, number: int, slot: Slot, gains: Sequence[Gains], now: float) -> None:
     reason = StopReason(int(gains[0].stop_reason[number]))
     gain = Gain(
       choice=slot.choice,
-      tokens=_tokens_of(gains, number, seen=slot.seen, num_top=slot.row.job.num_top),
+      tokens=tokens_of(gains, number, seen=slot.seen, num_top=slot.row.job.num_top),
       stop_reason=reason,
       cached_tokens=slot.row.cached,
     )
@@ -368,7 +323,7 @@ class Engine:
     if ticket.wants(slot.choice):
       ticket.deliver(gain)
 
-  def _count(self, slot: _Slot, gain: Gain, now: float) -> None:
+  def _count(self, slot: Slot, gain: Gain, now: float) -> None:
     metrics, ticket, count = self._metrics, slot.row.ticket, len(gain.tokens)
     metrics.generated_tokens.inc(count)
     for token in gain.tokens:
@@ -391,21 +346,3 @@ class Engine:
     self._slots = [None] * len(self._slots)
     self._held = None
     refuse_all(list(unique.values()), refusal)
-
-
-def _tokens_of(gains: Sequence[Gains], row: int, *, seen: int, num_top: int) -> list[Token]:
-  """The new tokens of a row."""
-  count = int(gains[0].step[row]) - seen
-  found = []
-  for part in gains:
-    taken = min(count - len(found), part.tokens.shape[1])
-    columns = (part.tokens, part.exit_layer, part.confidence, part.log_prob)
-    values = [array[row, :taken].tolist() for array in columns]
-    tops = [()] * taken
-    if num_top:
-      ids, log_probs = (
-        array[row, :taken, :num_top].tolist() for array in (part.top_ids, part.top_log_probs)
-      )
-      tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids, log_probs, strict=True)]
-    found += [Token(*token) for token in zip(*values, tops, strict=True)]
-  return found

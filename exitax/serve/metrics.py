@@ -14,8 +14,8 @@ class Occupancy:
   """How full the engine is.
 
   Attributes:
-    slots: rows of the cache.
-    slots_used: rows with a request.
+    slots: texts at once.
+    slots_used: those in use; thinkers keep theirs until their group has ended.
     columns: cache columns of all rows.
     columns_used: columns with a token.
     waiting: prompts in the queue.
@@ -64,8 +64,8 @@ class Metrics:
       for field, text in zip(
         dataclasses.fields(Occupancy),
         (
-          'Rows of the cache.',
-          'Rows with a request.',
+          'Texts at once.',
+          'Texts in use.',
           'Cache columns of all rows.',
           'Cache columns with a token.',
           'Prompts in the queue.',

@@ -99,9 +99,7 @@ def test_moments_lie_where_their_parameters_lie():
 @pytest.mark.slow
 def test_a_run_resumes_bitwise(tmp_path):
   config = make_config(tmp_path, train_steps=6, checkpoint_period=3)
-  config = dataclasses.replace(
-    config, optimizer=dataclasses.replace(config.optimizer, chain=muon)
-  )
+  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, chain=muon))
   whole = training.train(config, tmp_path / 'whole')
   with pytest.raises(KeyboardInterrupt):
     training.train(config, tmp_path / 'halves', display=_Crashing())

@@ -7,6 +7,7 @@ show the model there: a teacher that knew more would teach to guess.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,6 +71,7 @@ def simulate(
     seen: what each sees of the others.
     teacher: the policy.
   """
+  reader = _Reader(problem)
   texts = [''] * num_thinkers
   plans = [''] * num_thinkers  # What is left of the unit that each is at.
   ended = [False] * num_thinkers
@@ -82,7 +84,7 @@ def simulate(
       views = [
         text[: seen.of(other, thinker=thinker, step=step)] for other, text in enumerate(texts)
       ]
-      char, plans[thinker] = _next(problem, thinker, views, plans[thinker], rng, teacher)
+      char, plans[thinker] = _next(reader, thinker, views, plans[thinker], rng, teacher)
       chosen.append(char)
     for thinker, char in enumerate(chosen):
       if char is None:
@@ -94,8 +96,17 @@ def simulate(
   return texts
 
 
+class _Reader:
+  """Finds units in texts; several thinkers look at the same beginnings, which are read once."""
+
+  def __init__(self, problem: Problem) -> None:
+    self.problem = problem
+    self.written = functools.cache(lambda text: units_in(problem, text))
+    self.claimed = functools.cache(lambda text: frozenset(claimed_in(problem, text)))
+
+
 def _next(
-  problem: Problem,
+  reader: _Reader,
   thinker: int,
   views: Sequence[str],
   plan: str,
@@ -103,16 +114,17 @@ def _next(
   teacher: Teacher,
 ) -> tuple[str | None, str]:
   """A thinker's next character (None ends its text), and what is left of its unit."""
+  problem = reader.problem
   others = [view for other, view in enumerate(views) if other != thinker]
   if plan:
-    if _is_taken(problem, views[thinker], others) and rng.random() < teacher.abort:
+    if _is_taken(reader, views[thinker], others) and rng.random() < teacher.abort:
       return ABORT, ''
     return plan[0], plan[1:]
-  written = {item.unit: item.text for view in views for item in units_in(problem, view)}
+  written = {item.unit: item.text for view in views for item in reader.written(view)}
   open_units = set(range(problem.num_units)) - set(written)
   if not open_units:
     return None, ''
-  taken = set().union(*(claimed_in(problem, view) for view in others)) if others else set()
+  taken = frozenset().union(*map(reader.claimed, others))
   free = sorted(open_units - taken)
   if rng.random() < teacher.slip:
     free = sorted(open_units)
@@ -127,8 +139,7 @@ def _next(
   return text[0], text[1:]
 
 
-def _is_taken(problem: Problem, own: str, others: Sequence[str]) -> bool:
+def _is_taken(reader: _Reader, own: str, others: Sequence[str]) -> bool:
   """Whether the unit that the own text has begun is seen in another text."""
-  done = units_in(problem, own)
-  current = claimed_in(problem, own) - {item.unit for item in done}
-  return any(current & claimed_in(problem, other) for other in others)
+  current = reader.claimed(own) - {item.unit for item in reader.written(own)}
+  return any(current & reader.claimed(other) for other in others)
