@@ -35,9 +35,12 @@ def test_decoding_on_a_mesh_equals_one_device(tiny, prompts, name, tensor):
     np.testing.assert_array_equal(a.exit_layers, b.exit_layers)
 
 
-@pytest.mark.parametrize(('name', 'tensor'), [('full', 2), ('deferred', 4)])
-def test_groups_on_a_mesh_equal_one_device(tiny, prompts, name, tensor):
-  """Rows of groups over data, heads over tensor; texts, of which rows have several, are everywhere."""
+@pytest.mark.parametrize(
+  ('name', 'axes'),
+  [('full', {'tensor': 2}), ('deferred', {'tensor': 4}), ('deferred', {'tensor': 2, 'pipeline': 2})],
+)
+def test_groups_on_a_mesh_equal_one_device(tiny, prompts, name, axes):
+  """Rows over data, heads over tensor, layers over pipeline; texts, of which rows have several, everywhere."""
   model, params = tiny(HeadKind.LAYER)
   warm = decode.Sampler(temperature=1.0)
   groups = [
@@ -51,7 +54,7 @@ def test_groups_on_a_mesh_equal_one_device(tiny, prompts, name, tensor):
   ]
   settings = {'config': decode.ThinkConfig(max_new_tokens=8), 'policy': POLICIES[name]}
   alone = decode.think(model, params, groups, **settings)
-  mesh = parallel.make_mesh(parallel.MeshConfig(tensor=tensor))
+  mesh = parallel.make_mesh(parallel.MeshConfig(**axes))
   rules = parallel.ShardingRules()
   shardings = parallel.tree_shardings(
     jax.eval_shape(lambda: params), model.logical_axes(), mesh, rules

@@ -128,7 +128,8 @@ def placed(command: str, runs: Path) -> list[str]:
 @contextlib.contextmanager
 def serving(command: str, runs: Path, env: dict[str, str]) -> Iterator[str]:
   """The address at which a documented server answers; it must end well when told to."""
-  argv = [*placed(command, runs), '--port=0', '--num_slots=2']
+  template = runs / 'think.toml'
+  argv = [*placed(command, runs), '--port=0', '--num_slots=4', f'--think_template={template}']
   with subprocess.Popen(
     [sys.executable, '-m', 'exitax', *argv], stdout=subprocess.PIPE, text=True, env=env
   ) as server:
