@@ -14,7 +14,7 @@ from exitax.checkpoint import (
   load_sampling,
 )
 from exitax.checkpoint.model_dir import TOKENIZER_FOLDER
-from exitax.data import Progress, ThinkTemplate, quiet
+from exitax.data import Progress, quiet
 from exitax.decode import CacheFormat, Confidence, Sampler, WeightFormat, prepare_params
 from exitax.errors import UserError, choose
 from exitax.serve.admission import WaitingRoom
@@ -25,6 +25,7 @@ from exitax.serve.engine import Engine
 from exitax.serve.metrics import Metrics
 from exitax.serve.service import Service
 from exitax.serve.strategies import Guarantee, Strategies
+from exitax.serve.thinkers import served_template
 
 Ambient = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -68,7 +69,7 @@ def build_service(
   template = load_chat_template(
     config.chat_template, tokenizer_folder=loaded.directory / TOKENIZER_FOLDER
   )
-  think_template = ThinkTemplate.read(config.think_template)
+  think_template = served_template(config.think_template)
   sampling = load_sampling(loaded.directory)
   Sampler(**sampling)  # type: ignore[arg-type]  # Out of range is said now, not to clients.
   metrics = Metrics()

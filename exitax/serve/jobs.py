@@ -30,6 +30,12 @@ class Together:
     """Thinkers."""
     return len(self.headers)
 
+  @property
+  def labels(self) -> tuple[int | None, ...]:
+    """Who writes each choice: thinkers from 1, None for the answer."""
+    answer = (None,) if self.answer_budget else ()
+    return (*range(1, self.size + 1), *answer)
+
   def slot_width(self, budget: int) -> int:
     """Positions of each thinker."""
     return max(map(len, self.headers)) + budget
@@ -69,7 +75,7 @@ class Job:
     """Samples, or thinkers and their answer."""
     if self.together is None:
       return len(self.seeds)
-    return self.together.size + bool(self.together.answer_budget)
+    return len(self.together.labels)
 
   @property
   def num_texts(self) -> int:

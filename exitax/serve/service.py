@@ -7,15 +7,16 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from exitax.data import ThinkTemplate, Tokenizer, begin_prompt, encode_prompt
-from exitax.decode import Sampler, Sees
+from exitax.decode import Sampler
 from exitax.errors import UserError
 from exitax.serve.chat import ChatTemplate
 from exitax.serve.engine import Engine
-from exitax.serve.jobs import Job, Together
+from exitax.serve.jobs import Job
 from exitax.serve.metrics import Metrics
 from exitax.serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
 from exitax.serve.refusals import Refusal, bad_request
 from exitax.serve.strategies import Strategies
+from exitax.serve.thinkers import check_thinkers, together_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions.
 # Scores divided by less than this would overflow: the limit is greedy.
@@ -30,21 +31,13 @@ class Work:
     jobs: one per prompt.
     stops: stop strings.
     echoes: text that comes before each choice.
+    thinkers: which thinker writes each choice, from 1; None for an answer. None for requests without thinkers.
   """
 
   jobs: tuple[Job, ...]
   stops: tuple[str, ...]
   echoes: tuple[str, ...]
-
-  @property
-  def thinkers(self) -> tuple[int | None, ...] | None:
-    """Which thinker writes each choice, from 1; None for an answer. None for requests without thinkers."""
-    found: list[int | None] = []
-    for job in self.jobs:
-      if job.together is None:
-        return None
-      found += [*range(1, job.together.size + 1), None][: job.num_choices]
-    return tuple(found)
+  thinkers: tuple[int | None, ...] | None = None
 
   @property
   def prompt_tokens(self) -> int:
@@ -176,6 +169,12 @@ class Service:
     stops: tuple[str, ...],
   ) -> Work:
     self._check_model(request.model)
+    together = together_of(request, self.think_template, self.tokenizer)
+    thinkers = None if together is None else together.labels
+    if together is not None and thinkers == (1,):
+      # One thinker alone is an ordinary text behind its header, and may speculate.
+      prompts = [[*prompt, *together.headers[0]] for prompt in prompts]
+      together = None
     self._check_logprobs(request)
     sampler = sampler_of(request, self.sampling)
     chosen = self.strategies.choose(
@@ -185,15 +184,12 @@ class Service:
       use_early_exit=request.use_early_exit,
       max_tokens=max_tokens,
       temperature=sampler.temperature,
-      together=request.thinkers is not None,
+      together=together is not None,
     )
     samples = request.n or 1
     seed = secrets.randbits(32) if request.seed is None else request.seed
     stop_tokens = () if request.ignore_eos else self.tokenizer.stop_ids
-    together = self._together(request)
-    choices = samples
-    if together is not None:
-      choices = together.size + bool(together.answer_budget)
+    choices = samples if thinkers is None else len(thinkers)
     jobs = tuple(
       Job(
         prompt=tuple(prompt),
@@ -212,32 +208,14 @@ class Service:
     for job in jobs:
       self._check_length(job)
     return Work(
-      jobs=jobs, stops=stops, echoes=tuple(echo for echo in echoes for _ in range(choices))
+      jobs=jobs,
+      stops=stops,
+      echoes=tuple(echo for echo in echoes for _ in range(choices)),
+      thinkers=None if thinkers is None else thinkers * len(prompts),
     )
 
   def _told(self, problem: str, thinkers: int) -> str:
     return self.think_template.filled('prompt', problem=problem, thinkers=thinkers)
-
-  def _together(self, request: GenerationRequest) -> Together | None:
-    """The thinkers that a request asks for. What its headers say does not depend on its problem."""
-    if request.thinkers is None:
-      return None
-    count, template = request.thinkers, self.think_template
-    headers = [
-      template.filled('header', problem='', thinkers=count, thinker=number)
-      for number in range(count)
-    ]
-    answer = template.filled('answer', problem='', thinkers=count)
-    try:
-      sees = Sees.parse(request.visibility or 'full')
-    except UserError as error:
-      raise bad_request(str(error), param='visibility') from None
-    return Together(
-      headers=tuple(tuple(self.tokenizer.encode(header)) for header in headers),
-      sees=sees,
-      answer=tuple(self.tokenizer.encode(answer)),
-      answer_budget=request.answer_tokens or 0,
-    )
 
   def _encode(self, text: str, *, param: str, start: bool = False) -> list[int]:
     try:
@@ -275,7 +253,8 @@ class Service:
 
   def _what_fits(self, request: ChatRequest, prompt_tokens: int) -> int:
     """Tokens of the one who answers, or of each thinker, that the context has room for; 1 at least."""
-    room, together = self.context - prompt_tokens, self._together(request)
+    room = self.context - prompt_tokens
+    together = together_of(request, self.think_template, self.tokenizer)
     if together is not None:
       answer = together.answer_budget
       room -= len(together.answer) + answer if answer else 0
@@ -297,26 +276,6 @@ class Service:
       param='prompt' if prompt_tokens >= self.context else 'max_tokens',
       code='context_length_exceeded',
     )
-
-
-def check_thinkers(request: GenerationRequest, *, most: int) -> None:
-  """Raises Refusal (400) for fields about thinkers that contradict each other, or too many of them."""
-  if request.thinkers is None:
-    for name in ('visibility', 'answer_tokens'):
-      if getattr(request, name) is not None:
-        raise bad_request(f'{name} does nothing without thinkers: leave it out', param=name)
-    return
-  if request.thinkers > most:
-    what = f'are more than this server takes, {most}' if most > 1 else 'are not taken here'
-    raise bad_request(
-      f'thinkers={request.thinkers} {what} (--max_thinkers): ask for fewer', param='thinkers'
-    )
-  if (request.n or 1) > 1:
-    raise bad_request(
-      f'n={request.n} with thinkers: a group writes one text each; send several requests', param='n'
-    )
-  if isinstance(request, CompletionRequest) and request.echo:
-    raise bad_request('echo with thinkers: there is no one text to begin with it', param='echo')
 
 
 def sampler_of(request: GenerationRequest, defaults: Mapping[str, float]) -> Sampler:

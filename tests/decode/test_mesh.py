@@ -37,7 +37,11 @@ def test_decoding_on_a_mesh_equals_one_device(tiny, prompts, name, tensor):
 
 @pytest.mark.parametrize(
   ('name', 'axes'),
-  [('full', {'tensor': 2}), ('deferred', {'tensor': 4}), ('deferred', {'tensor': 2, 'pipeline': 2})],
+  [
+    ('full', {'tensor': 2}),
+    ('deferred', {'tensor': 4}),
+    ('deferred', {'tensor': 2, 'pipeline': 2}),
+  ],
 )
 def test_groups_on_a_mesh_equal_one_device(tiny, prompts, name, axes):
   """Rows over data, heads over tensor, layers over pipeline; texts, of which rows have several, everywhere."""

@@ -14,9 +14,11 @@ from exitax import decode
 from exitax.checkpoint import LoadedModel
 from exitax.data import encode_prompt
 from exitax.decode import DeferredExit, GroupRun, Sampler, Sees, Spare, StopReason
+from exitax.errors import UserError
 from exitax.serve import Service, create_app
 from exitax.serve.engine import Engine
 from exitax.serve.jobs import Job, Together
+from exitax.serve.protocol import CompletionRequest
 from exitax.serve.strategies import DEFERRED, FULL, SPECULATIVE
 from tests.serve.test_engine import EOS, Listener, alone, settle
 
@@ -230,6 +232,27 @@ def test_a_completion_has_a_choice_per_thinker_and_an_answer(
   ]
   assert answer['usage']['completion_tokens'] == sum(len(item.tokens) for item in expected)
   assert answer['usage']['prompt_tokens'] == len(prompt)
+
+
+def test_one_thinker_alone_is_an_ordinary_text_behind_its_header(
+  client: TestClient, service: Service, loaded: LoadedModel
+):
+  (alone,) = ask(client, prompt='ab', thinkers=1)['choices']
+  ids = encode_prompt(loaded.tokenizer, '1:ab|1')
+  (plain,) = ask(client, prompt=ids)['choices']
+  assert alone['thinker'] == 1 and 'thinker' not in plain
+  assert alone['text'] == plain['text']
+  request = CompletionRequest(prompt='ab', thinkers=1)
+  assert service.completion(request).jobs[0].strategy == SPECULATIVE
+
+
+def test_a_template_with_the_problem_in_a_header_is_refused(
+  make_service: Callable[..., Service], tmp_path
+):
+  path = tmp_path / 'think.toml'
+  path.write_text('prompt = "{problem}"\nheader = "{problem}|"\nanswer = "="\n')
+  with pytest.raises(UserError, match=r'header has \{problem\}'):
+    make_service(think_template=str(path))
 
 
 def test_a_stream_tells_whose_each_part_is(client: TestClient):
