@@ -133,7 +133,7 @@ class GroupRows(Sequence[Batch]):
     return self._arrays(groups)
 
   def _group(self, rng: np.random.Generator, room: int) -> tuple[list[_Place], int]:
-    """One problem's tokens, whole steps that fit into `room`; none if not even one does. And its lag."""
+    """One problem's tokens, whole steps that fit into `room`; none if its headers do not. And its lag."""
     mix = self._mix
     problem = self._task.problem(rng)
     size, lag = int(rng.choice(mix.thinkers)), int(rng.choice(mix.lags))

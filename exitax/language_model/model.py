@@ -273,6 +273,8 @@ class LanguageModel:
     Raises:
       UserError: settings that do not suit the model.
     """
+    if threshold == CERTIFIED:
+      raise UserError('certificates speak of single texts: with thinkers give a number')
     sampler = sampler or self.default_sampler
     policy = self._policy(
       'full' if threshold is None else 'deferred',

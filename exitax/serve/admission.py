@@ -54,6 +54,10 @@ class WaitingRoom:
         raise queue_full(len(self._waiting), self._capacity, retry_after=1)
       self._waiting.extend((ticket, job) for job in ticket.jobs)
 
+  def is_late(self, ticket: Ticket, now: float) -> bool:
+    """Whether a ticket has waited as long as it may."""
+    return now - ticket.submitted > self._queue_timeout
+
   def take(self) -> tuple[Ticket, Job] | None:
     """The job that has waited longest and is still wanted, or None."""
     with self._lock:
@@ -74,7 +78,7 @@ class WaitingRoom:
       id(ticket): ticket
       for ticket, _ in tuple(self._waiting)
       if not ticket.started and not ticket.cancelled
-      if now - ticket.submitted > self._queue_timeout
+      if self.is_late(ticket, now)
     }
     self._keep(lambda ticket: id(ticket) not in late and not ticket.cancelled)
     return list(late.values())

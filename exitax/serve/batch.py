@@ -50,6 +50,8 @@ WINDOWS = (16, 32, 64, 128)
 PREFIX_CHUNK = 32
 # Tokens per row that are read back at once; speculation may gain more in a turn.
 GAIN_WIDTH = 16
+# Tokens seen of slots that nobody reads: more than any text has.
+UNREAD = 1 << 30
 # Ids that can end a row, at most.
 NUM_STOPS = 8
 
@@ -216,7 +218,6 @@ class SlotBatch:
     together = job.together
     assert together is not None, 'samples have no answer'
     self._run_groups(plan, 1, [], at_least=1)  # The answer reads their last tokens too.
-    # A text begins with something: if with nothing of its own, with the prompt's last token once more.
     begin = together.answer or job.prompt[-1:]
     header = np.zeros((self.columns,), np.int32)
     header[: len(begin)] = begin

@@ -16,7 +16,7 @@ import numpy as np
 
 from exitax.decode import Gains, StepPlan, StopReason
 from exitax.serve.admission import WaitingRoom, refuse_all
-from exitax.serve.batch import WINDOWS, Prefill, SlotBatch
+from exitax.serve.batch import UNREAD, WINDOWS, Prefill, SlotBatch
 from exitax.serve.jobs import Deliver, Gain, Job, Ticket
 from exitax.serve.metrics import Metrics, Occupancy
 from exitax.serve.refusals import Refusal, unavailable
@@ -125,11 +125,12 @@ class Engine:
     """How full it is right now."""
     used = [slot for slot in tuple(self._slots) if slot]
     rows = {id(slot.row): slot.row for slot in used}.values()
+    columns = sum(row.given + row.past for row in rows) + sum(slot.seen for slot in used)
     return Occupancy(
       slots=len(self._slots),
       slots_used=len(used),
       columns=len(self._slots) * self._batch.columns,
-      columns_used=sum(len(row.job.prompt) for row in rows) + sum(slot.seen for slot in used),
+      columns_used=columns,
       waiting=len(self._room),
       prefix_bytes=self._batch.prefixes.num_bytes,
     )
@@ -185,8 +186,15 @@ class Engine:
     refuse_all(expired, late)
     for ticket in expired:
       self._room.leave(ticket)
-    if self._held and self._held[0].cancelled:
-      self._held = None
+    if self._held:
+      ticket, prefill = self._held
+      waits = prefill.ready and not prefill.num_inserted
+      if waits and not ticket.cancelled and self._room.is_late(ticket, now):
+        wanted = f'{prefill.job.num_texts} slots were not free at once in time: try again later'
+        refuse_all([ticket], unavailable(wanted, code='queue_timeout'))
+        self._room.leave(ticket)
+      if ticket.cancelled:
+        self._held = None
     for row in self._rows():
       if row.ticket.cancelled:
         self._batch.release(row.slots)
@@ -224,6 +232,7 @@ class Engine:
     self._batch.answer(self._plans[row.job.strategy], row.job, row.number, number)
     for other in row.slots:
       self._slots[other] = None
+    row.past = sum(slot.seen for slot in row.slots.values()) + len(together.answer)
     slot = Slot(row=row, choice=choice, last_gain=self._clock())
     self._slots[number] = slot
     row.slots = {number: slot}
@@ -289,7 +298,7 @@ class Engine:
         by_plan.setdefault(self._plans[slot.row.job.strategy], []).append(number)
     for plan, numbers in by_plan.items():
       self._step(plan, numbers, share=TURN_SECONDS / len(by_plan))
-    seen = np.asarray([slot.seen if slot else 0 for slot in self._slots], np.int32)
+    seen = np.asarray([slot.seen if slot else UNREAD for slot in self._slots], np.int32)
     gains = self._batch.gains(seen)
     now = self._clock()
     for number, slot in enumerate(self._slots):

@@ -40,6 +40,12 @@ class Together:
     """Positions of each thinker."""
     return max(map(len, self.headers)) + budget
 
+  def length(self, budget: int) -> int:
+    """Positions, and at most as many columns, of all thinkers and the answer."""
+    # An answer begins with something: with nothing of its own, with the prompt's last token once more.
+    answer = max(len(self.answer), 1) + self.answer_budget if self.answer_budget else 0
+    return self.size * self.slot_width(budget) + answer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
@@ -78,6 +84,11 @@ class Job:
     return len(self.together.labels)
 
   @property
+  def num_header_tokens(self) -> int:
+    """Tokens that thinkers' texts begin with, of all together."""
+    return 0 if self.together is None else sum(map(len, self.together.headers))
+
+  @property
   def num_texts(self) -> int:
     """Texts that go on at once for one insertion."""
     return 1 if self.together is None else self.together.size
@@ -88,9 +99,7 @@ class Job:
     length = len(self.prompt)
     if self.together is None:
       return length + self.budget
-    thinkers = self.together.size * self.together.slot_width(self.budget)
-    answer = self.together.answer_budget
-    return length + thinkers + (len(self.together.answer) + answer if answer else 0)
+    return length + self.together.length(self.budget)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class _Generation(_Strict):
   # Group Think: how many write at once, what each sees of the others, and tokens of an answer that has
   # read them all.
   thinkers: Annotated[int, Field(ge=1)] | None = None
-  visibility: str | None = None
+  visibility: Annotated[str, Field(max_length=32)] | None = None
   answer_tokens: Annotated[int, Field(ge=0)] | None = None
   # Taken if they ask for nothing.
   presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

@@ -41,8 +41,8 @@ class Work:
 
   @property
   def prompt_tokens(self) -> int:
-    """Tokens of all prompts."""
-    return sum(len(job.prompt) for job in self.jobs)
+    """Tokens of all prompts, headers of thinkers included."""
+    return sum(len(job.prompt) + job.num_header_tokens for job in self.jobs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,12 @@ class Service:
       several = prompt
     if not several:
       raise bad_request('prompt is an empty list: give at least one prompt', param='prompt')
-    if len(several) * (request.n or 1) > MAX_CHOICES:
+    each, what = request.n or 1, f'n={request.n or 1}'
+    if request.thinkers:
+      each, what = request.thinkers + bool(request.answer_tokens), f'thinkers={request.thinkers}'
+    if len(several) * each > MAX_CHOICES:
       raise bad_request(
-        f'{len(several)} prompts with n={request.n or 1} are more than {MAX_CHOICES} choices: '
+        f'{len(several)} prompts with {what} are more than {MAX_CHOICES} choices: '
         'send them in several requests',
         param='prompt',
       )
@@ -256,24 +259,25 @@ class Service:
     room = self.context - prompt_tokens
     together = together_of(request, self.think_template, self.tokenizer)
     if together is not None:
-      answer = together.answer_budget
-      room -= len(together.answer) + answer if answer else 0
-      room = room // together.size - together.slot_width(0)
+      room = (room - together.length(0)) // together.size
     return max(room, 1)
 
   def _check_length(self, job: Job) -> None:
     prompt_tokens, excess = len(job.prompt), job.length - self.context
     if excess <= 0:
       return
-    size, asked = job.num_texts, f'{job.budget} to generate'
+    asked, size = f'{job.budget} to generate', job.num_texts
+    fitting = job.budget - -(-excess // size)
+    fix = f'shorten the prompt or ask for at most {max(fitting, 0)}'
+    param = 'prompt' if prompt_tokens >= self.context else 'max_tokens'
     if job.together:
       asked = f'{job.length - prompt_tokens} of {size} thinkers, headers and answer included,'
-    fitting = max(job.budget - -(-excess // size), 0)
+      fix += ' of each'
+      if fitting < 1 and param != 'prompt':
+        fix, param = 'lower thinkers or answer_tokens', 'thinkers'
     raise bad_request(
-      f'a prompt of {prompt_tokens} tokens and {asked} exceed the context of '
-      f'{self.context}: shorten the prompt or ask for at most {fitting}'
-      f'{" of each" if job.together else ""}',
-      param='prompt' if prompt_tokens >= self.context else 'max_tokens',
+      f'a prompt of {prompt_tokens} tokens and {asked} exceed the context of {self.context}: {fix}',
+      param=param,
       code='context_length_exceeded',
     )
 

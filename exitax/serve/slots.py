@@ -39,6 +39,7 @@ class Row:
     cached: tokens of the prompt from the prefix cache.
     slots: its texts, by number.
     answers: whether an answer is still to come.
+    past: columns of texts before the answer, once it has begun.
   """
 
   number: int
@@ -47,6 +48,12 @@ class Row:
   cached: int
   slots: dict[int, Slot]
   answers: bool
+  past: int = 0
+
+  @property
+  def given(self) -> int:
+    """Columns of the prompt and of headers."""
+    return len(self.job.prompt) + self.job.num_header_tokens
 
   @property
   def ended(self) -> bool:

@@ -211,6 +211,8 @@ class Strategies:
         f'threshold={wanted!r} is not known: give a number, or {CERTIFIED!r}', param='threshold'
       )
     try:
+      if together:
+        raise UserError('certificates speak of single texts: with thinkers give a number')
       certified = self._certified(max_tokens=max_tokens, temperature=temperature)
     except UserError as error:
       if asked:

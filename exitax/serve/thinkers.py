@@ -17,7 +17,7 @@ def check_thinkers(request: GenerationRequest, *, most: int) -> None:
       if getattr(request, name) is not None:
         raise bad_request(f'{name} does nothing without thinkers: leave it out', param=name)
     return
-  if request.thinkers > most:
+  if request.thinkers > most or most == 1:
     what = f'are more than this server takes, {most}' if most > 1 else 'are not taken here'
     raise bad_request(
       f'thinkers={request.thinkers} {what} (--max_thinkers): ask for fewer', param='thinkers'

@@ -18,11 +18,13 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
 
   A kernel is one matrix from all of its inputs to all of its outputs, heads together; layers of a stack are matrices
   of their own. Small models on tasks that AdamW takes long to find learn them in about half the steps, each of
-  which costs a few more products of the size of the weights. `beta1` is AdamW's alone: momentum is 0.95.
+  which costs a few more products of the size of the weights. Kernels alone decay. `beta1` is AdamW's alone:
+  momentum is 0.95.
   """
   chain = optax.contrib.muon(
     schedule,
     weight_decay=config.weight_decay,
+    eps=config.epsilon,
     adam_b1=config.beta1,
     adam_b2=config.beta2,
     consistent_rms=_RMS,

@@ -10,7 +10,6 @@ import pytest
 
 from exitax import decode
 from exitax.decode import Causal, InGroups
-from exitax.decode.singles import put_back_singles, take_singles
 from exitax.layers import HeadKind
 
 PROMPTS = ((5, 6, 7, 8), (9, 10), (11,))
@@ -56,14 +55,35 @@ def test_steps_alone_and_among_groups_take_turns(tiny, threshold: float, seed: i
     np.testing.assert_array_equal(state.tokens[text, start : start + int(state.step[text])], tokens)
 
 
-def test_what_is_not_taken_out_stays_bit_by_bit(tiny):
+def test_speculation_beside_groups_touches_nobody_else(tiny):
+  """Drafts are given up by row: rows that stayed keep every column, whatever text stands for them meanwhile."""
   model, params = tiny(HeadKind.NORM)
   params = decode.prepare_params(model, params)
-  policy = decode.Speculative(exit_layer=1, num_drafts=3, pending_capacity=4)
-  groups, state = begin(model, params, decode.DeferredExit(threshold=1.0, pending_capacity=4))
-  del groups
-  rows, singles = take_singles(state, np.asarray([False, False, False, False]))
-  assert np.all(rows.done)
-  back = put_back_singles(state, rows, singles)
-  jax.tree.map(np.testing.assert_array_equal, back, state)
-  assert policy.plan(model.config).overhang
+  full = decode.DeferredExit(threshold=1.0, pending_capacity=4).plan(model.config)
+  policy = decode.Speculative(exit_layer=2, num_drafts=3, pending_capacity=4)
+  groups, state = begin(model, params, policy)
+  state = decode.run_steps(model, params, state, 5, visibility=InGroups(), plan=full)
+  before = jax.device_get(state)
+  while not state.done[0]:
+    state = decode.run_singles(
+      model,
+      params,
+      state,
+      2,
+      visibility=Causal(),
+      texts=np.arange(4) == 0,
+      plan=policy.plan(model.config),
+    )
+  after = jax.device_get(state)
+  for name in ('tokens', 'step', 'done', 'requests', 'group'):
+    old, new = getattr(before, name), getattr(after, name)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1:], y[1:]), old, new)
+  for name in ('cache', 'fill', 'pending'):  # The first row is the text's.
+    old, new = getattr(before, name), getattr(after, name)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1:], y[1:]), old, new)
+  state = decode.run_steps(model, params, state, 100, visibility=InGroups(), plan=full)
+  together = decode.think(model, params, groups, CONFIG, policy=decode.DeferredExit(threshold=1.0))
+  for text, completion in enumerate(item for group in together for item in group):
+    start = int(state.prompt_length[text])
+    written = state.tokens[text, start : start + int(state.step[text])]
+    np.testing.assert_array_equal(written, completion.tokens)

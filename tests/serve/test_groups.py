@@ -20,7 +20,7 @@ from exitax.serve.engine import Engine
 from exitax.serve.jobs import Job, Together
 from exitax.serve.protocol import CompletionRequest
 from exitax.serve.strategies import DEFERRED, FULL, SPECULATIVE
-from tests.serve.test_engine import EOS, Listener, alone, settle
+from tests.serve.test_engine import EOS, Clock, Listener, alone, settle
 
 
 @pytest.fixture(scope='module')
@@ -174,6 +174,42 @@ def test_a_group_that_nobody_waits_for_frees_its_slots(engine: Engine):
   assert engine.occupancy().slots_used == 0
 
 
+def test_a_group_that_never_finds_its_slots_is_refused_in_time(
+  engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+  clock = Clock()
+  monkeypatch.setattr(engine, '_clock', clock)
+  common = {'prompt': (5, 6, 7), 'strategy': FULL, 'thresholds': (1.0, 1.0)}
+  single, group, behind = Listener(), Listener(), Listener()
+  ticket = engine.submit([Job(**common, budget=200)], single)
+  engine.turn()
+  engine.submit([Job(**common, budget=4, together=Together(headers=((1,),) * 4))], group)
+  engine.turn()
+  engine.turn()
+  clock.now = 31.0
+  engine.submit([Job(**common, budget=4)], behind)
+  engine.turn()
+  assert group.failure.status == 503 and '4 slots were not free at once' in group.failure.message
+  while not behind.finished():
+    engine.turn()
+  assert not single.finished()
+  ticket.cancel()
+
+
+def test_what_ended_is_not_read_again(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+  common = {'prompt': (5, 6, 7), 'strategy': FULL, 'thresholds': (1.0, 1.0)}
+  long, short = Listener(), Listener()
+  engine.submit([Job(**common, budget=120)], long)
+  settle(engine)
+  reads = []
+  gains = engine._batch.gains
+  monkeypatch.setattr(engine._batch, 'gains', lambda seen: reads.append(gains(seen)) or reads[-1])
+  together = Together(headers=((1,), (2,)))
+  engine.submit([Job(**common, budget=4, together=together)], short)
+  settle(engine)
+  assert reads and all(len(parts) == 1 for parts in reads)
+
+
 def test_jobs_that_no_row_holds_are_refused(engine: Engine):
   wanted = Job(prompt=(5,), budget=1, strategy=FULL, together=Together(headers=((1,),) * 5))
   with pytest.raises(ValueError, match='more than 4 thinkers'):
@@ -231,7 +267,7 @@ def test_a_completion_has_a_choice_per_thinker_and_an_answer(
     for item, choice in zip(expected, choices, strict=True)
   ]
   assert answer['usage']['completion_tokens'] == sum(len(item.tokens) for item in expected)
-  assert answer['usage']['prompt_tokens'] == len(prompt)
+  assert answer['usage']['prompt_tokens'] == len(prompt) + 3 * len('|1')
 
 
 def test_one_thinker_alone_is_an_ordinary_text_behind_its_header(
@@ -292,7 +328,7 @@ def test_chats_with_thinkers_and_no_limit_take_what_the_context_has(client: Test
     ignore_eos=True,
     stop=None,
   )
-  prompt = chat['usage']['prompt_tokens']
+  prompt = chat['usage']['prompt_tokens'] - 3 * 2  # Without headers.
   room = (256 - prompt - 6) // 3 - 2
   assert chat['usage']['completion_tokens'] == 3 * room + 5
 
@@ -308,6 +344,10 @@ def test_chats_with_thinkers_and_no_limit_take_what_the_context_has(client: Test
     ({'visibility': 'full'}, 400, 'visibility does nothing without thinkers'),
     ({'answer_tokens': 3}, 400, 'answer_tokens does nothing without thinkers'),
     ({'thinkers': 2, 'strategy': 'speculative'}, 422, 'with thinkers choose'),
+    ({'thinkers': 2, 'threshold': 'certified'}, 422, 'certificates speak of single texts'),
+    ({'thinkers': 2, 'visibility': 'lag:' + '9' * 5000}, 400, 'visibility: '),
+    ({'thinkers': 4, 'prompt': ['a'] * 40}, 400, '40 prompts with thinkers=4'),
+    ({'thinkers': 2, 'answer_tokens': 300}, 400, 'lower thinkers or answer_tokens'),
     ({'thinkers': 4, 'max_tokens': 80}, 400, 'ask for at most 60 of each'),
   ],
 )
@@ -322,6 +362,7 @@ def test_a_server_may_take_no_thinkers(make_service: Callable[..., Service]):
   assert service.max_thinkers == 1
   app = create_app(service, host='127.0.0.1', api_key=None)
   with TestClient(app, base_url='http://127.0.0.1') as client:
-    answer = client.post('/v1/completions', json={'prompt': 'ab', 'thinkers': 2})
-  assert answer.status_code == 400
-  assert 'thinkers=2 are not taken here' in answer.json()['error']['message']
+    for thinkers in (1, 2):
+      answer = client.post('/v1/completions', json={'prompt': 'ab', 'thinkers': thinkers})
+      assert answer.status_code == 400
+      assert f'thinkers={thinkers} are not taken here' in answer.json()['error']['message']

@@ -134,6 +134,7 @@ def test_thinkers_have_a_column_each_and_the_answer_one_below(page):
   assert all(0 < count <= 6 for count in counts) and counts[2] <= 4
   boxes = [column.rect for column in columns]
   assert boxes[0]['y'] == boxes[1]['y'] < boxes[2]['y'] and boxes[0]['x'] < boxes[1]['x']
+  assert page.execute_script('return request()')['strategy'] == 'full'
   choose(page, thinkers='1')
   assert not element(page, 'answer-tokens').is_enabled()
   generate(page)

@@ -128,8 +128,8 @@ async function readEvents(body, handle) {
 
 function request() {
   const alone = thinkers() === 1;
-  // Thinkers do not speculate: left to the server, they run all layers.
-  const strategy = alone || $('strategy').value !== 'speculative' ? $('strategy').value : '';
+  // Thinkers do not speculate; full depth gives the same texts.
+  const strategy = alone || $('strategy').value !== 'speculative' ? $('strategy').value : 'full';
   return {
     prompt: $('prompt').value,
     max_tokens: Number($('max-tokens').value),
@@ -171,7 +171,7 @@ async function generate() {
         addToken(place, piece, choice.exit_layers[i], choice.confidences[i]);
         layers.push(choice.exit_layers[i]);
       });
-      if (choice.finish_reason) reasons.push(choice.finish_reason);
+      if (choice.finish_reason) reasons[choice.index] = choice.finish_reason;
     }
     showLegend(layers);
     const seconds = (performance.now() - start) / 1000;
