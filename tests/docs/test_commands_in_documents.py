@@ -53,6 +53,7 @@ SMALL_EVALUATION = (
 
 SMALL_GROUPS = (
   '--prompts=2',
+  '--thinkers=2',
   '--tokens=4',
   '--gin.GroupEvaluateConfig.seeds=1',
   '--gin.GroupEvaluateConfig.lags=(1,)',
@@ -63,6 +64,7 @@ SMALL_ADVICE = (
   '--new_tokens=4',
   '--gin.AdviseConfig.rows=8',
   '--gin.AdviseConfig.prompts=1',
+  '--gin.AdviseConfig.max_drafts=2',
   '--gin.AdviseConfig.part_repeats=1',
   '--gin.AdviseConfig.repeats=1',
 )
@@ -126,10 +128,13 @@ def placed(command: str, runs: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def serving(command: str, runs: Path, env: dict[str, str]) -> Iterator[str]:
+def serving(
+  command: str, runs: Path, env: dict[str, str], *, max_thinkers: int = 1
+) -> Iterator[str]:
   """The address at which a documented server answers; it must end well when told to."""
   template = runs / 'think.toml'
   argv = [*placed(command, runs), '--port=0', '--num_slots=4', f'--think_template={template}']
+  argv += [f'--max_thinkers={max_thinkers}']
   with subprocess.Popen(
     [sys.executable, '-m', 'exitax', *argv], stdout=subprocess.PIPE, text=True, env=env
   ) as server:
@@ -252,7 +257,7 @@ def test_requests_of_the_guide_to_serving(
   blocks = re.findall(r'```python\n(.*?)```', guide, re.DOTALL)
   assert requests
   assert blocks
-  with serving(command, model_dirs, subprocess_env) as address:
+  with serving(command, model_dirs, subprocess_env, max_thinkers=4) as address:
     for request in requests:
       argv = shlex.split(request.replace('http://127.0.0.1:8000', address))
       subprocess.run([*argv, '--fail', '--output', '/dev/null'], check=True)

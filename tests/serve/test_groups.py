@@ -39,7 +39,7 @@ def engine(service: Service):
 def random_job(rng: random.Random) -> Job:
   together = None
   if rng.random() < 0.6:
-    size = rng.choice([1, 2, 3, 4])
+    size = rng.choice([1, 2, 4])  # Few shapes: the oracle compiles each.
     together = Together(
       headers=tuple(
         tuple(rng.randrange(256) for _ in range(rng.choice([0, 1, 3]))) for _ in range(size)
@@ -51,7 +51,7 @@ def random_job(rng: random.Random) -> Job:
   strategy = rng.choice([FULL, DEFERRED, *([] if together else [SPECULATIVE])])
   threshold = rng.choice([0.0, 0.3, 0.6]) if strategy == DEFERRED else 1.0
   return Job(
-    prompt=tuple(rng.randrange(256) for _ in range(rng.choice([1, 2, 17, 40]))),
+    prompt=tuple(rng.randrange(256) for _ in range(rng.choice([1, 17]))),
     together=together,
     budget=rng.choice([1, 5, 20]),
     seeds=(rng.randrange(1000),),
@@ -93,7 +93,7 @@ def alone_together(loaded: LoadedModel, job: Job) -> Sequence[decode.Completion]
   return found
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', range(3))
 def test_groups_and_single_requests_share_slots_and_change_nobodys_tokens(
   engine: Engine, loaded: LoadedModel, seed: int
 ):

@@ -50,7 +50,7 @@ def test_updates_of_kernels_are_orthogonal_and_of_one_size():
     lambda x: jax.random.normal(jax.random.key(x.size), x.shape, jnp.float32), params
   )
   optimizer = make_optimizer(CONFIG, learning_rate_schedule(CONFIG, train_steps=10))
-  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
   kernels = 0
   for (path, update), gradient in zip(
     jax.tree.leaves_with_path(updates), jax.tree.leaves(gradients), strict=True
