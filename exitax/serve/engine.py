@@ -188,7 +188,8 @@ class Engine:
       self._room.leave(ticket)
     if self._held:
       ticket, prefill = self._held
-      waits = prefill.ready and not prefill.num_inserted
+      # One sample gets the next slot; a group needs several at once, and holds up all behind it.
+      waits = prefill.ready and prefill.job.num_texts > 1
       if waits and not ticket.cancelled and self._room.is_late(ticket, now):
         wanted = f'{prefill.job.num_texts} slots were not free at once in time: try again later'
         refuse_all([ticket], unavailable(wanted, code='queue_timeout'))
