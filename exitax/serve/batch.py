@@ -210,7 +210,7 @@ class SlotBatch:
     self._state = release_rows(self._state, self._mask(slots))
 
   def stop(self, slots: Iterable[int]) -> None:
-    """Ends thinkers whose group goes on, and sees what they wrote."""
+    """Ends texts where they are; a group that goes on sees what its thinkers wrote."""
     self._state = stop_texts(self._state, self._mask(slots))
 
   def answer(self, plan: StepPlan, job: Job, row: int, slot: int) -> None:

@@ -17,8 +17,7 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
   """An `OptimizerConfig.chain`: Muon for kernels, AdamW (Nesterov's) for embeddings, norms and adapters.
 
   A kernel is one matrix from all of its inputs to all of its outputs, heads together; layers of a stack are matrices
-  of their own. Small models on tasks that AdamW takes long to find learn them in about half the steps, each of
-  which costs a few more products of the size of the weights. Kernels alone decay. `beta1` is AdamW's alone:
+  of their own. A step costs a few more products of the size of the weights. Kernels alone decay. `beta1` is AdamW's alone:
   momentum is 0.95.
   """
   chain = optax.contrib.muon(
